@@ -1,0 +1,298 @@
+"""The parts that a configuration names, built: rows, model, plan, held-out questions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tunesmith.config.load import DEFAULT_LEARNING_RATE, LoadedConfig
+from tunesmith.config.schema import Evaluation, GenerationConfig, LoraMethod, ModelSettings, RepoId
+from tunesmith.data.lengths import fit_to_length
+from tunesmith.data.prompt_format import chat_template
+from tunesmith.data.rendering import Renderer, TrainOn
+from tunesmith.data.rows import TokenizedRows, tokenize_rows
+from tunesmith.data.splits import Splits, choose_context_length, load_splits
+from tunesmith.errors import ConfigError
+from tunesmith.evaluation.answers import read_questions
+from tunesmith.evaluation.heldout import check_expected
+from tunesmith.evaluation.score import HeldOut
+from tunesmith.models.base import (
+    BaseFolder,
+    choose_device,
+    choose_dtype,
+    find_base,
+    load_model,
+    load_tokenizer,
+    model_limit,
+)
+from tunesmith.models.batches import MicroBatches, packed_batches, padded_batches, prepare_packing
+from tunesmith.models.catalog import cache_dir
+from tunesmith.models.method import prepare_full, prepare_lora, set_generation_defaults
+from tunesmith.models.stops import Stops, find_stops
+from tunesmith.training.schedule import StepPlan, plan_steps
+
+DEFAULT_TRAIN_ROWS = 8
+DEFAULT_EVAL_ROWS = 16
+# Computed tokens in a micro-batch: enough to keep the matrix products of a CPU efficient, few enough to keep the
+# saved activations of a small model under two gigabytes.
+TRAIN_TOKEN_BUDGET = 768
+EVAL_TOKEN_BUDGET = 2048
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """All that is needed to turn a row into tokens, without weights."""
+
+    base: BaseFolder
+    tokenizer: Any
+    renderer: Renderer
+    splits: Splits
+    context_length: int
+    model_limit: int | None
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A run ready to start."""
+
+    text: TextParts
+    kind: Literal["lora", "full"]
+    model: Any
+    stops: Stops
+    plan: StepPlan
+    peak_rate: float
+    heldout: HeldOut | None  # scored before and after
+    valid: HeldOut | None  # scored on the checkpoint schedule
+    autocast: torch.dtype | None
+    dtype_reason: str
+    train_batches: MicroBatches
+    eval_batches: MicroBatches
+    batches_reason: str
+    parent: str | None
+
+
+def weights_id(settings: ModelSettings) -> str:
+    """Where the base weights come from: the model itself, or a checkpoint in its place."""
+    start = settings.initial_base_model_ckpt_path
+    if start is None:
+        return settings.model_id
+    return start.repo_id if isinstance(start, RepoId) else start
+
+
+def template_of(settings: GenerationConfig) -> str | None:
+    """The chat template that replaces the model's own, or None."""
+    return chat_template(settings.prompt_format) if settings.prompt_format else None
+
+
+def assemble_text(loaded: LoadedConfig, *, weights: bool, skip_bad_rows: bool, say: Say) -> TextParts:
+    """Tokenizer, template and tokenised rows; enough for ``tunesmith check``.
+
+    Raises:
+        ConfigError, DataError, ModelError: what the configuration names cannot be used.
+    """
+    model, data = loaded.config.model, loaded.config.data
+    base = find_base(weights_id(model), weights=weights, say=say)
+    tokenizer = load_tokenizer(base, template_of(data.generation_config))
+    renderer = Renderer(tokenizer)
+    splits = load_splits(
+        data.train_path,
+        data.valid_path,
+        renderer,
+        data.task,
+        cache_dir=cache_dir() / "tokens",
+        skip_bad_rows=skip_bad_rows,
+        on_progress=lambda path, done: (
+            say(f"{path}: {done:,} rows tokenised") if done % 10_000 == 0 else None
+        ),
+    )
+    for rows in (splits.train, splits.valid):
+        if rows is not None and rows.skipped:
+            say(f"{rows.path}: {rows.skipped:,} rows break a rule and were left out (--skip-bad-rows)")
+    limit = model_limit(base)
+    context_length = choose_context_length(
+        model.context_length,
+        limit,
+        splits.longest,
+        model.embedding_scaling_technique,
+        loaded.place("context_length"),
+    )
+    return TextParts(base, tokenizer, renderer, splits, context_length, limit)
+
+
+def assemble(loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say) -> Assembly:
+    """Everything a run needs; nothing has been written yet.
+
+    Raises:
+        ConfigError, DataError, ModelError: what the configuration names cannot be used.
+    """
+    config = loaded.config
+    refuse_contradictions(loaded)
+    text = assemble_text(loaded, weights=True, skip_bad_rows=skip_bad_rows, say=say)
+    fitted = text.splits.fitted(text.context_length, config.data.on_too_long)
+    heldout, valid = _held_out(loaded, text, fitted, skip_bad_rows=skip_bad_rows)
+    optimization = config.optimization
+    batch = rows_per_step(optimization.train_batch_size_per_device, optimization.gradient_accumulation_steps)
+    plan = plan_steps(len(fitted.train), batch, optimization.num_epochs, optimization.min_update_steps)
+    kind, model, autocast, dtype_reason, parent = _load(loaded, text)
+    stops = find_stops(
+        text.tokenizer,
+        model.generation_config,
+        text.renderer.end_of_turn,
+        config.data.generation_config.stopping_sequences,
+    )
+    set_generation_defaults(model, list(stops.token_ids), list(stops.strings))
+    train_batches, eval_batches, batches_reason = _micro_batches(
+        model, fitted.train, stops.token_ids[0], config.checkpoints.eval_batch_size_per_device
+    )
+    return Assembly(
+        text=TextParts(
+            text.base, text.tokenizer, text.renderer, fitted, text.context_length, text.model_limit
+        ),
+        kind=kind,
+        model=model,
+        stops=stops,
+        plan=plan,
+        peak_rate=optimization.learning_rate or DEFAULT_LEARNING_RATE[kind],
+        heldout=heldout,
+        valid=valid,
+        autocast=autocast,
+        dtype_reason=dtype_reason,
+        train_batches=train_batches,
+        eval_batches=eval_batches,
+        batches_reason=batches_reason,
+        parent=parent,
+    )
+
+
+def rows_per_step(batch_size: int | Literal["auto"], gradient_accumulation_steps: int) -> int:
+    """Rows that one optimizer step covers."""
+    return (DEFAULT_TRAIN_ROWS if batch_size == "auto" else batch_size) * gradient_accumulation_steps
+
+
+def refuse_contradictions(loaded: LoadedConfig) -> None:
+    """Raise ConfigError for settings that would train something else than was asked."""
+    config = loaded.config
+    is_lora = isinstance(config.method, LoraMethod)
+    if config.model.initial_adapter_model_ckpt_path is not None and not is_lora:
+        raise ConfigError(
+            loaded.place("initial_adapter_model_ckpt_path"),
+            "continues an adapter, but the file has no lora_config and so trains every weight",
+            "add lora_config, or merge the adapter first and set initial_base_model_ckpt_path",
+        )
+    metric = config.checkpoints.best_metric
+    evaluation = config.checkpoints.evaluation
+    if metric != "eval_loss" and (evaluation is None or evaluation.metric != metric):
+        raise ConfigError(
+            loaded.place("best_metric"),
+            f"is {metric}, which is not measured",
+            f"set evaluation.metric to {metric}, or best_metric to eval_loss",
+        )
+    if metric != "eval_loss" and config.data.valid_path is None:
+        raise ConfigError(
+            loaded.place("best_metric"), f"is {metric}, but valid_path is absent", "set valid_path"
+        )
+
+
+def _held_out(
+    loaded: LoadedConfig, text: TextParts, fitted: Splits, *, skip_bad_rows: bool
+) -> tuple[HeldOut | None, HeldOut | None]:
+    settings = loaded.config.checkpoints.evaluation
+    valid_path, data = loaded.config.data.valid_path, loaded.config.data
+    if settings is None:
+        valid = HeldOut(fitted.valid, (), None, 0) if fitted.valid is not None else None
+        return valid, valid
+    if valid_path is None and settings.test_path is None:
+        raise ConfigError(
+            loaded.place("evaluation.metric"),
+            "evaluation has no rows to score",
+            "set valid_path or test_path",
+        )
+    valid = None
+    if fitted.valid is not None and valid_path is not None:
+        valid = _questions(valid_path, settings, text, fitted.valid)
+    # Answers take longer than losses: the checkpoint schedule asks for them only where the metric decides.
+    scheduled = valid
+    if valid is not None and loaded.config.checkpoints.best_metric == "eval_loss":
+        scheduled = HeldOut(valid.rows, (), None, 0)
+    if settings.test_path is None:
+        return valid, scheduled
+    rows = tokenize_rows(
+        settings.test_path,
+        text.renderer,
+        fitted.train_on,
+        cache_dir=cache_dir() / "tokens",
+        skip_bad_rows=skip_bad_rows,
+    )
+    rows = fit_to_length(rows, max(text.context_length, text.model_limit or 0), data.on_too_long)
+    return _questions(settings.test_path, settings, text, rows), scheduled
+
+
+def _questions(path: str, settings: Evaluation, text: TextParts, rows: Any) -> HeldOut:
+    if text.splits.train_on is not TrainOn.ASSISTANT_TURNS:
+        raise ConfigError("evaluation.metric", "plain text has no answers to score", "leave evaluation out")
+    limit = text.model_limit or text.context_length
+    questions = read_questions(path, text.renderer, settings.max_rows, limit)
+    check_expected([question.expected for question in questions], settings.metric)
+    return HeldOut(rows, questions, settings.metric, settings.max_new_tokens)
+
+
+def _load(
+    loaded: LoadedConfig, text: TextParts
+) -> tuple[Literal["lora", "full"], Any, torch.dtype | None, str, str | None]:
+    settings, method = loaded.config.model, loaded.config.method
+    device = choose_device()
+    dtype, reason = choose_dtype(settings.precision, device)
+    autocast = None if dtype == torch.float32 else dtype
+    # Trained weights stay float32: in bfloat16 a small step would round to nothing.
+    weights_dtype = dtype if isinstance(method, LoraMethod) else torch.float32
+    model = load_model(text.base, dtype=weights_dtype, device=device, context_length=text.context_length)
+    parent = None
+    if isinstance(method, LoraMethod):
+        start = settings.initial_adapter_model_ckpt_path
+        folder = find_adapter(start) if start is not None else None
+        parent = str(start.repo_id if isinstance(start, RepoId) else start) if start is not None else None
+        model = prepare_lora(
+            model,
+            method.lora_config,
+            seed=loaded.config.optimization.seed,
+            place=loaded.place("lora_config"),
+            continue_from=folder,
+        )
+    else:
+        model = prepare_full(model)
+    if settings.initial_base_model_ckpt_path is not None:
+        parent = weights_id(settings)
+    if settings.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return ("lora" if isinstance(method, LoraMethod) else "full"), model, autocast, reason, parent
+
+
+def _micro_batches(
+    model: Any, rows: TokenizedRows, pad_token_id: int, eval_batch: int | Literal["auto"]
+) -> tuple[MicroBatches, MicroBatches, str]:
+    device = next(model.parameters()).device
+    eval_rows = DEFAULT_EVAL_ROWS if eval_batch == "auto" else eval_batch
+    packs, reason = prepare_packing(model, rows, pad_token_id)
+    if packs:
+        return (
+            packed_batches(TRAIN_TOKEN_BUDGET, device),
+            packed_batches(EVAL_TOKEN_BUDGET, device, eval_rows),
+            reason,
+        )
+    return (
+        padded_batches(TRAIN_TOKEN_BUDGET, pad_token_id, device),
+        padded_batches(EVAL_TOKEN_BUDGET, pad_token_id, device, eval_rows),
+        reason,
+    )
+
+
+def find_adapter(start: str | RepoId) -> Path:
+    """The folder of an adapter: local, or fetched from the hub. Raises ModelError."""
+    from tunesmith.models.base import fetch_from_hub
+
+    if isinstance(start, RepoId):
+        return fetch_from_hub(start.repo_id, ["*.json", "*.jinja", "adapter_model.safetensors"]).path
+    return Path(start).expanduser()

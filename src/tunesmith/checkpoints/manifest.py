@@ -1,0 +1,212 @@
+"""What a checkpoint is: the ``tunesmith.json`` in its folder, and the check that the folder still agrees.
+
+The manifest says from which base weights, settings and data a checkpoint came, and lists every other
+file of the folder with its size and SHA-256, so that damage is found before anything is loaded.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from tunesmith.checkpoints.atomic import REAL, FileOps, write_json
+from tunesmith.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+MANIFEST_NAME = "tunesmith.json"
+FORMAT = 1
+_USE_ANOTHER = "use another checkpoint or save it again"
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """How a file must be to be the one that was saved."""
+
+    sha256: str  # 64 hex digits
+    bytes: int
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """The weights training started from."""
+
+    source: str  # hub id, folder or URL
+    revision: str | None  # commit on the hub, where there is one
+    files: Mapping[str, str]  # file name -> sha256
+    fingerprint: str  # of all files; see fingerprint_weights
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One checkpoint; stored as ``tunesmith.json``, whose keys are these fields."""
+
+    format: int  # layout of this file; see FORMAT
+    method: Literal["lora", "full"]
+    tag: str
+    run: str
+    model_id: str
+    base: BaseWeights
+    step: int  # optimizer steps done
+    epoch: float
+    eval_loss: float | None  # nats per token; None where nothing was evaluated
+    metrics: Mapping[str, float | None]
+    config: Mapping[str, Any]  # every resolved setting, free of secrets
+    data: Mapping[str, Mapping[str, Any]]  # split -> {path, sha256, rows}
+    versions: Mapping[str, str]
+    created: str  # ISO 8601 with its offset, UTC
+    parent: str | None  # tag or digest of the checkpoint that was continued
+    files: Mapping[str, FileStamp]  # path relative to the folder, with "/" -> stamp
+    score: float | None = None  # what checkpoints are ranked by; set by CheckpointStore.save
+
+    def __post_init__(self) -> None:
+        if datetime.fromisoformat(self.created).tzinfo is None:
+            raise ValueError(f"created has no UTC offset: {self.created}")
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all listed files together."""
+        return sum(stamp.bytes for stamp in self.files.values())
+
+
+def hash_files(folder: Path) -> dict[str, FileStamp]:
+    """Stamp every file under ``folder`` but the manifest, sorted by name.
+
+    Raises:
+        CheckpointError: something in it is a link or not a regular file, or cannot be read.
+    """
+    return {
+        name: FileStamp(_sha256(path), path.stat().st_size) for name, path in _files_under(folder).items()
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest, *, fs: FileOps = REAL) -> None:
+    """Write ``manifest`` into ``folder``; NaN and infinite numbers become null.
+
+    Raises:
+        CheckpointError, OutputError: as ``write_text``.
+    """
+    write_json(folder / MANIFEST_NAME, manifest, fs=fs)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of the checkpoint in ``folder``. The listed files are not looked at; see ``verify``.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or a newer tunesmith wrote it.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text)["format"]
+        if type(found) is not int:
+            raise TypeError("format is not an integer")
+        if found > FORMAT:
+            fault = f"written by a newer tunesmith (format {found}; this one reads up to {FORMAT})"
+            raise CheckpointError(str(path), fault, "install a newer tunesmith")
+        manifest = _adapter().validate_json(text, strict=True)
+        _refuse_escaping(manifest.files)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            str(folder), f"no {MANIFEST_NAME} in it, so it is no whole checkpoint", _USE_ANOTHER
+        ) from error
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        # pydantic's ValidationError and json's and UTF-8's errors are ValueErrors.
+        fault = f"damaged ({_first_line(error)})"
+        raise CheckpointError(str(path), fault, _USE_ANOTHER) from error
+    return manifest
+
+
+def verify(folder: Path) -> None:
+    """Check that ``folder`` holds exactly the files its manifest lists, bit for bit.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, of other size, a stranger, or of other
+            content; or as ``read_manifest``.
+    """
+    manifest = read_manifest(folder)
+    verify_sizes(folder, manifest)
+    for name, stamp in sorted(manifest.files.items()):
+        if _sha256(folder / name) != stamp.sha256:
+            raise CheckpointError(str(folder / name), "its content is not what was saved", _USE_ANOTHER)
+
+
+def verify_sizes(folder: Path, manifest: Manifest) -> None:
+    """The part of ``verify`` that reads no content: names and sizes.
+
+    Raises:
+        CheckpointError: as ``verify``.
+    """
+    present = _files_under(folder)
+    for name in sorted(present.keys() | manifest.files.keys()):
+        place = str(folder / name)
+        if name not in present:
+            raise CheckpointError(place, "is missing from the checkpoint", _USE_ANOTHER)
+        if name not in manifest.files:
+            raise CheckpointError(place, "is not part of the checkpoint it lies in", "move it elsewhere")
+        size, saved = present[name].stat().st_size, manifest.files[name].bytes
+        if size != saved:
+            raise CheckpointError(place, f"has {size} bytes, {saved} were saved", _USE_ANOTHER)
+
+
+def fingerprint_weights(files: Sequence[Path]) -> tuple[dict[str, str], str]:
+    """SHA-256 of each weight file by file name, and one fingerprint of all.
+
+    The fingerprint is the SHA-256 of the lines ``{sha256}  {name}`` sorted by name (what ``sha256sum``
+    prints), so it depends on contents and file names, not on folders or the order given.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        ValueError: two files have the same name.
+    """
+    digests = {path.name: _sha256(path) for path in sorted(files, key=lambda path: path.name)}
+    if len(digests) != len(files):
+        raise ValueError("two weight files have the same name")
+    lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    return digests, hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _files_under(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise CheckpointError(str(path), "is not a regular file", "a checkpoint holds only plain files")
+        if path.is_file() and name != MANIFEST_NAME:
+            found[name] = path
+    return found
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(str(path), f"cannot be read ({error.strerror})", _USE_ANOTHER) from error
+
+
+@functools.cache
+def _adapter() -> "TypeAdapter[Manifest]":
+    from pydantic import TypeAdapter  # costs 0.1 s, which listing commands without checkpoints save
+
+    return TypeAdapter(Manifest)
+
+
+def _refuse_escaping(files: Mapping[str, FileStamp]) -> None:
+    for name in files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == MANIFEST_NAME:
+            raise ValueError(f"{name!r} is no file name within a checkpoint")
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"no {error.args[0]}"
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    # pydantic: a headline, then per fault a line with the field and a line with the reason.
+    return f"{lines[1]}: {lines[2].split(' [')[0]}" if len(lines) > 2 else lines[0]

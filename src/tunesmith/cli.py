@@ -1,0 +1,218 @@
+"""The command line: one short function a command. Reads its arguments, calls one function, prints.
+
+Nothing heavy is imported until a command needs it, so that ``--help`` answers at once.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tunesmith import __version__
+from tunesmith.errors import ConfigError, Interrupted, TunesmithError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunesmith.config.load import LoadedConfig
+
+_SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
+)
+_SKIP = click.option(
+    "--skip-bad-rows", is_flag=True, help="Leave out rows that break a rule instead of stopping."
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON, for programs.")
+_OUTPUTS = click.option(
+    "--output-dir",
+    "output_dirs",
+    multiple=True,
+    default=("./outputs",),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Where runs are looked for; may be repeated.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="tunesmith")
+def cli() -> None:
+    """Fine-tune an open-weight LLM from one YAML file: LoRA if the file has lora_config, full if not."""
+
+
+@cli.command()
+@click.argument("config", required=False)
+@_SET
+@click.option(
+    "--default", "default", is_flag=True, help="Choose everything but model_id and train_path, saying why."
+)
+@_SKIP
+def finetune(config: str | None, overrides: tuple[str, ...], default: bool, skip_bad_rows: bool) -> None:
+    """Fine-tune as CONFIG says: a path, or the name of a shipped configuration."""
+    if config is None and not default:
+        raise ConfigError("CONFIG", "is missing", "name a YAML file, or give --default with --set model_id=…")
+    loaded, console = _load(config, overrides, default), _console()
+    if default:
+        from tunesmith.config.show import print_settings
+
+        print_settings(console, loaded)
+    from tunesmith.run import finetune as run
+
+    run(loaded, console, skip_bad_rows=skip_bad_rows)
+
+
+@cli.command()
+@click.argument("config")
+@_SET
+@click.option("--show", is_flag=True, help="Print every value and where it came from.")
+@click.option("--rows", default=3, show_default=True, help="Rows in the coloured view.")
+@_SKIP
+@_JSON
+def check(
+    config: str, overrides: tuple[str, ...], show: bool, rows: int, skip_bad_rows: bool, as_json: bool
+) -> None:
+    """Check CONFIG and its data without loading weights, and show what would be trained."""
+    from tunesmith.checking import check_config, print_check
+
+    loaded, console = _load(config, overrides), _console()
+    if show and not as_json:
+        from tunesmith.config.show import print_settings
+
+        print_settings(console, loaded)
+    # With --json, standard output holds JSON alone.
+    said = _console(stderr=True) if as_json else console
+    result = check_config(loaded, preview_rows=rows, skip_bad_rows=skip_bad_rows, say=said.print)
+    if as_json:
+        _print_json(result.facts())
+    else:
+        print_check(console, result)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--data", required=True, help="JSONL file with the rows to score.")
+@click.option("--metric", default="exact_match", show_default=True, help="exact_match, record_match, …")
+@click.option("--max-rows", type=click.IntRange(1), help="Answer only the first rows.  [default: all]")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--base", help="Where the adapter's base is, if not where it was.")
+@_OUTPUTS
+@_JSON
+def evaluate(
+    model: str,
+    data: str,
+    metric: str,
+    max_rows: int | None,
+    max_new_tokens: int,
+    base: str | None,
+    output_dirs: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Loss, perplexity and a task metric of MODEL: a run, a tag, a checkpoint or a base model."""
+    from tunesmith.evaluation.command import evaluate_model, print_evaluation
+    from tunesmith.models.servable import load_servable
+
+    console = _console(stderr=True) if as_json else _console()
+    servable = load_servable(model, output_dirs, base=base)
+    result = evaluate_model(servable, data, metric, max_rows, max_new_tokens, console)
+    if as_json:
+        _print_json(result.facts())
+    else:
+        print_evaluation(console, result)
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--system", help="System message for every conversation.")
+@click.option("--base", help="Where the adapters' base is, if not where it was.")
+@_OUTPUTS
+def chat(
+    models: tuple[str, ...],
+    max_new_tokens: int,
+    system: str | None,
+    base: str | None,
+    output_dirs: tuple[Path, ...],
+) -> None:
+    """Talk to one or more MODELS side by side: runs, tags, checkpoints or base models."""
+    from tunesmith.chat import chat as talk
+    from tunesmith.models.servable import load_servable
+
+    console = _console()
+    talk([load_servable(name, output_dirs, base=base) for name in models], console, max_new_tokens, system)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--data", help="Rows to compare on.  [default: those the run was trained on]")
+@click.option("--base", help="Where the adapter's base is, if not where it was.")
+@_OUTPUTS
+def merge(run: str, output: Path, data: str | None, base: str | None, output_dirs: tuple[Path, ...]) -> None:
+    """Fold the adapter of RUN into its base: one Hugging Face folder, verified against the unmerged logits."""
+    from tunesmith.merge import merge_to_folder
+    from tunesmith.models.servable import load_servable
+
+    merge_to_folder(load_servable(run, output_dirs, base=base), output, data, _console())
+
+
+@cli.command()
+@_OUTPUTS
+@_JSON
+def models(output_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """What has been trained here: tag, base, method, best loss, size, path."""
+    from tunesmith.checkpoints.listing import listing_facts, print_runs
+    from tunesmith.checkpoints.locate import list_runs
+
+    runs = list_runs(output_dirs)
+    if as_json:
+        _print_json([listing_facts(run) for run in runs])
+    else:
+        print_runs(_console(), runs, output_dirs)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; errors of ours become one line on standard error and their exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not end a run
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        cli.main(args=arguments, prog_name="tunesmith", standalone_mode=False)
+    except TunesmithError as error:
+        colour = "yellow" if isinstance(error, Interrupted) else "red"
+        label = "Stopped" if isinstance(error, Interrupted) else "Error"
+        click.secho(f"{label}: ", fg=colour, bold=True, nl=False, err=True)
+        click.echo(str(error), err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        return Interrupted.exit_code
+    except BrokenPipeError:
+        # The reader of our output (head, less) has left: nothing to tell anybody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _load(config: str | None, overrides: Sequence[str], default: bool = False) -> "LoadedConfig":
+    from tunesmith.config.load import load_config
+
+    return load_config(config, overrides, default=default)
+
+
+def _console(*, stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _print_json(facts: Any) -> None:
+    import json
+
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False, default=str))

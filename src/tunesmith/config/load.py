@@ -1,0 +1,244 @@
+"""YAML file + overrides -> RunConfig. Precedence: defaults < file < ``--set``."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tunesmith.config.lora_keys import LORA_CONFIG_KEYS
+from tunesmith.config.schema import FLAT_SECTIONS, FullMethod, LoraMethod, RunConfig, Section
+from tunesmith.config.yaml_file import KeyPath, YamlFile, parse_value, read_yaml_file
+from tunesmith.errors import ConfigError
+
+DEFAULT_LEARNING_RATE = {"lora": 1e-4, "full": 1e-5}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One resolved value and where it came from; for ``check --show`` and ``--default``."""
+
+    key: str
+    value: Any
+    origin: str  # "default", "FILE line N" or "--set"
+    reason: str  # why the default is what it is
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A configuration with the origin of every value."""
+
+    config: RunConfig
+    settings: tuple[Setting, ...]
+
+    def place(self, key: str) -> str:
+        """Where the value of ``key`` was set, for error messages."""
+        origin = next((s.origin for s in self.settings if s.key == key), "")
+        return f"setting {key}" if origin in ("", "default") else f"{origin}: {key}"
+
+    def is_given(self, key: str) -> bool:
+        """Whether file or command line set ``key``, or a setting below it."""
+        return any(
+            s.origin != "default" and (s.key == key or s.key.startswith(f"{key}.")) for s in self.settings
+        )
+
+    def as_yaml(self) -> str:
+        """Every value, as a file that this tool reads back to the same configuration."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value, nested as in a YAML file."""
+        flat: dict[str, Any] = {}
+        for section_name in FLAT_SECTIONS:
+            flat |= getattr(self.config, section_name).model_dump(mode="json")
+        if isinstance(self.config.method, LoraMethod):
+            flat["lora_config"] = dict(self.config.method.lora_config)
+        return flat
+
+
+def find_config(name: str) -> Path:
+    """The configuration file called ``name``: a path, or a bare name among the shipped ``configs/``."""
+    path = Path(name)
+    if path.exists() or path.name != name:
+        return path
+    for folder in _shipped_folders():
+        if (folder / name).is_file():
+            return folder / name
+    shipped = sorted(p.name for folder in _shipped_folders() for p in folder.glob("*.yaml"))
+    near = difflib.get_close_matches(name, shipped, 1)
+    hint = f"closest shipped file is {near[0]}" if near else f"shipped files: {', '.join(shipped)}"
+    raise ConfigError(name, "no such configuration file", hint)
+
+
+def load_config(name: str | None, overrides: Sequence[str] = (), *, default: bool = False) -> LoadedConfig:
+    """Read, merge and check a configuration.
+
+    Args:
+        name: path or shipped name of the YAML file; None: the overrides alone.
+        overrides: ``a.b=value`` texts, values in YAML.
+        default: choose LoRA where the file does not say (``--default``).
+
+    Raises:
+        ConfigError: with file, line, key and remedy; several faults give one line each.
+    """
+    source = read_yaml_file(find_config(name), name) if name else YamlFile("--set", {})
+    values, given = dict(source.values), {path: source.place(path) for path in source.lines}
+    for text in overrides:
+        path, value = _parse_override(text)
+        _put(values, path, value)
+        given[path] = "--set"
+    if default:
+        values.setdefault("lora_config", None)
+    if "lora_config" in values and values["lora_config"] is None:  # `lora_config:` with nothing below it
+        values["lora_config"] = {}
+    config = _build(values, given, source)
+    return LoadedConfig(config, tuple(_settings(config, given)))
+
+
+def _shipped_folders() -> list[Path]:
+    # An installed package carries configs/ inside; a checkout has it beside src/.
+    packaged = Path(str(resources.files("tunesmith"))) / "configs"
+    checkout = Path(__file__).resolve().parents[3] / "configs"
+    return [folder for folder in (packaged, checkout) if folder.is_dir()]
+
+
+def _parse_override(text: str) -> tuple[KeyPath, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
+        raise ConfigError(f"--set {text}", "is not of the form key=value", "for example --set num_epochs=2")
+    return tuple(key.split(".")), parse_value(value, f"--set {text}")
+
+
+def _put(values: dict[str, Any], path: KeyPath, value: Any) -> None:
+    for depth, part in enumerate(path[:-1], 1):
+        below = values.get(str(part))
+        if below is not None and not isinstance(below, dict):
+            dotted = ".".join(map(str, path[:depth]))
+            raise ConfigError(f"--set {'.'.join(map(str, path))}", f"{dotted} is not a group of settings")
+        values[str(part)] = dict(below or {})
+        values = values[str(part)]
+    values[str(path[-1])] = value
+
+
+def _build(values: Mapping[str, Any], given: Mapping[KeyPath, str], source: YamlFile) -> RunConfig:
+    owners = {key: name for name, section in FLAT_SECTIONS.items() for key in section.model_fields}
+    flat: dict[str, dict[str, Any]] = {name: {} for name in FLAT_SECTIONS}
+    faults: list[ConfigError] = []
+    for key, value in values.items():
+        if key in owners:
+            flat[owners[key]][key] = value
+        elif key != "lora_config":
+            place = _place(given, (key,), source)
+            faults.append(_unknown_key(place, str(key), [*owners, "lora_config"]))
+    sections: dict[str, Any] = {}
+    for name, section in FLAT_SECTIONS.items():
+        try:
+            sections[name] = section.model_validate(_tuples(flat[name]))
+        except ValidationError as error:
+            faults += [_explain(item, section, given, source) for item in error.errors()]
+    sections["method"] = FullMethod()
+    if "lora_config" in values:
+        lora = values["lora_config"]
+        if isinstance(lora, dict):
+            faults += [
+                _unknown_key(_place(given, ("lora_config", k), source), f"lora_config.{k}", LORA_CONFIG_KEYS)
+                for k in lora
+                if k not in LORA_CONFIG_KEYS
+            ]
+            sections["method"] = LoraMethod(lora_config=lora)
+        else:
+            place = _place(given, ("lora_config",), source)
+            faults.append(ConfigError(place, f"lora_config is {lora!r}, not a group of settings", "see docs"))
+    if faults:
+        raise _joined(faults)
+    return RunConfig.model_construct(**sections)
+
+
+def _tuples(value: Any) -> Any:
+    # YAML has lists only; sections hold tuples, so that frozen means frozen.
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _place(given: Mapping[KeyPath, str], path: KeyPath, source: YamlFile) -> str:
+    for length in range(len(path), 0, -1):
+        if path[:length] in given:
+            return given[path[:length]]
+    return source.name
+
+
+def _unknown_key(place: str, key: str, known: Sequence[str]) -> ConfigError:
+    near = difflib.get_close_matches(key.rpartition(".")[2], known, 1, cutoff=0.5)
+    remedy = f"closest is {near[0]}" if near else "docs/configuration.md lists every setting"
+    return ConfigError(place, f"no setting {key}", remedy)
+
+
+def _explain(
+    item: Any, section: type[BaseModel], given: Mapping[KeyPath, str], source: YamlFile
+) -> ConfigError:
+    # pydantic adds names of union members and of literals to the path; only keys of ours are kept.
+    path: list[str | int] = []
+    known: list[str] = list(section.model_fields)
+    scope: type[BaseModel] | None = section
+    for part in item["loc"]:
+        if isinstance(part, int):
+            path.append(part)
+        elif scope is not None and (part in scope.model_fields or item["type"] == "extra_forbidden"):
+            path.append(part)
+            known = list(scope.model_fields)
+            scope = _nested(scope, part)
+    place, dotted = _place(given, tuple(path), source), ".".join(map(str, path))
+    if item["type"] == "extra_forbidden":
+        return _unknown_key(place, dotted, known)
+    if item["type"] == "missing":
+        return ConfigError(place, f"setting {dotted} is missing", f"add `{dotted}: …`")
+    wanted = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    wanted = wanted if wanted.startswith(("must", "both")) else f"should be {wanted}"
+    remedy = "write the number without quotes" if _is_quoted_number(item["input"]) else "change the value"
+    return ConfigError(place, f"{dotted} is {item['input']!r}; it {wanted}", remedy)
+
+
+def _is_quoted_number(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value) is not None
+
+
+def _nested(scope: type[BaseModel], part: str | int) -> type[BaseModel] | None:
+    annotation = scope.model_fields[str(part)].annotation if str(part) in scope.model_fields else None
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _joined(faults: Sequence[ConfigError]) -> ConfigError:
+    unique = list(dict.fromkeys(map(str, faults)))
+    return faults[0] if len(unique) == 1 else ConfigError("", "\n".join(unique))
+
+
+def _settings(config: RunConfig, given: Mapping[KeyPath, str]) -> Iterator[Setting]:
+    for name in FLAT_SECTIONS:
+        yield from _section_settings(getattr(config, name), (), given)
+    if isinstance(config.method, LoraMethod):
+        origin = given.get(("lora_config",), "--default")
+        if not config.method.lora_config:
+            yield Setting("lora_config", {}, origin, "its presence selects LoRA; the documented set is used")
+        for key, value in config.method.lora_config.items():
+            yield Setting(f"lora_config.{key}", value, given.get(("lora_config", key), origin), "")
+
+
+def _section_settings(section: Section, path: KeyPath, given: Mapping[KeyPath, str]) -> Iterator[Setting]:
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        here = (*path, key)
+        origin = given.get(here, "default")
+        if isinstance(value, Section) and (origin != "default" or any(p[: len(here)] == here for p in given)):
+            yield from _section_settings(value, here, given)
+        else:
+            shown = value.model_dump(mode="json") if isinstance(value, Section) else value
+            yield Setting(".".join(map(str, here)), shown, origin, field.description or "")

@@ -1,0 +1,43 @@
+"""Names of PEFT's ``LoraConfig`` settings that a ``lora_config`` group may hold.
+
+PEFT itself takes seconds to import, and checking a file must not: hence this list. A test holds it against
+the installed PEFT. Left out are names that PEFT fills in by itself when it saves (base model, version).
+"""
+
+LORA_CONFIG_KEYS = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "kasa_config",
+    "layer_replication",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_bias",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "modules_to_save",
+    "monteclora_config",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "use_rslora",
+    "velora_config",
+)

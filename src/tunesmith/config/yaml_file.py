@@ -1,0 +1,125 @@
+"""YAML text -> plain values, with the line of every key kept.
+
+PyYAML reads YAML 1.1, in which ``1e-4`` is text and ``yes`` is true. Both surprise people who write
+configuration files, so numbers and booleans follow YAML 1.2's core schema here.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunesmith.errors import ConfigError
+
+KeyPath = tuple[str | int, ...]
+_MAX_DEPTH = 50
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's numbers and booleans; dates and merges of other kinds stay text."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?[0-9]+$|^0x[0-9a-fA-F]+$", list("-+0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
+        list("-+0123456789."),
+    ),
+    ("merge", r"^(?:<<)$", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 16) if text.startswith("0x") else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+@dataclass(frozen=True)
+class YamlFile:
+    """The values of a file and where each key stands.
+
+    ``lines`` maps a key's path, such as ``("optimizer", "weight_decay")``, to its line, from 1.
+    """
+
+    name: str
+    values: dict[str, Any]
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+
+    def place(self, path: KeyPath) -> str:
+        """``FILE line N`` of the key, or of the nearest key around it."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.lines:
+                return f"{self.name} line {self.lines[path[:length]]}"
+        return self.name
+
+
+def read_yaml_file(path: Path, name: str) -> YamlFile:
+    """Read a mapping from a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, is no valid YAML, repeats a key or is not a mapping.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(name, f"cannot be read ({error.strerror})", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(name, f"is not UTF-8 (byte {error.start})", "save it as UTF-8") from error
+    return parse_yaml(text, name)
+
+
+def parse_yaml(text: str, name: str) -> YamlFile:
+    """Parse YAML text; ``name`` stands in error messages. Raises ConfigError as ``read_yaml_file``."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise ConfigError(name, "is empty", "it needs at least model_id and train_path")
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(name, "is not a mapping of settings", "write `key: value` lines")
+        lines: dict[KeyPath, int] = {}
+        _note_lines(node, (), lines, name)
+        values = loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{name}{line}", f"not valid YAML: {error.problem}", "mend this line") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(name, f"not valid YAML: {error}".splitlines()[0], "mend the file") from error
+    finally:
+        loader.dispose()
+    return YamlFile(name, values, lines)
+
+
+def parse_value(text: str, name: str) -> Any:
+    """One YAML value, as the right side of ``--set key=value``."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(name, "its value is not valid YAML", "quote it") from error
+
+
+def _note_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name: str) -> None:
+    if len(path) > _MAX_DEPTH:
+        raise ConfigError(name, f"is nested more than {_MAX_DEPTH} levels deep", "flatten it")
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            line = key_node.start_mark.line + 1
+            if (*path, key) in lines:
+                raise ConfigError(f"{name} line {line}", f"setting {key} is given twice", "keep one")
+            lines[(*path, key)] = line
+            _note_lines(value_node, (*path, key), lines, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[(*path, index)] = item.start_mark.line + 1
+            _note_lines(item, (*path, index), lines, name)

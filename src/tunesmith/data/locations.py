@@ -1,0 +1,201 @@
+"""A path, folder, glob or URL as the user writes it -> the files it stands for, opened for reading.
+
+Local paths are handled here, because pipes, devices, links and rights need exact answers; everything
+with ``://`` goes through fsspec.
+"""
+
+import errno
+import io
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import has_magic
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data.problems import closest, printable
+from tunesmith.errors import DataError
+
+_BUFFER_BYTES = 2**20
+_SUFFIXES = (".jsonl", ".jsonl.gz")
+_NO_ROW_FILES = "has no *.jsonl or *.jsonl.gz files"
+_NO_MATCH = "matches no file"
+
+
+def resolve_files(path: str) -> list[str]:
+    """The files that ``path`` names, in the order in which they are read.
+
+    Args:
+        path: one file of any name; a folder, standing for its own ``*.jsonl`` and ``*.jsonl.gz`` that are
+            not hidden, sorted; or a glob (``**`` does not follow links to folders). With ``://`` it is
+            read through fsspec.
+
+    Raises:
+        DataError: nothing there, nothing that can be read, or not a regular file.
+    """
+    if not path.strip():
+        raise DataError("data", "the path is empty", "name a JSONL file, a folder or a glob")
+    return _resolve_url(path) if "://" in path else _resolve_local(path)
+
+
+def open_file(file: str) -> io.BufferedReader:
+    """Open one resolved file for reading bytes; DataError where that fails."""
+    with read_errors(file):
+        if "://" not in file:
+            return Path(file).open("rb")
+        filesystem, root = _filesystem(file)
+        # fsspec's own readline knows no size limit; BufferedReader's does.
+        return io.BufferedReader(filesystem.open(root, "rb"), _BUFFER_BYTES)
+
+
+@contextmanager
+def read_errors(place: str) -> Iterator[None]:
+    """Turn what a file system raises into a DataError that names ``place``.
+
+    Stores behind a URL have exception types of their own. For a local path anything but OSError and
+    ValueError (a NUL inside the path) is a fault of this program and passes unchanged.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        if "://" not in place and not isinstance(error, OSError | ValueError):
+            raise
+        fault, remedy = _fault_of(error)
+        raise DataError(printable(place), printable(fault), remedy) from error
+
+
+def _fault_of(error: Exception) -> tuple[str, str]:
+    if isinstance(error, PermissionError):
+        return "permission denied", "give this user the right to read it"
+    if isinstance(error, OSError) and error.errno == errno.ELOOP:
+        return "its symbolic links form a loop", "point the link at a real file"
+    if isinstance(error, ImportError):
+        return f"needs a package that is not installed ({error})", "install that package"
+    cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"cannot be read ({cause})", "check the path and that it can be reached"
+
+
+def _resolve_local(path: str) -> list[str]:
+    local = Path(path)
+    if path.startswith("~/"):
+        local = local.expanduser()
+    mode = _mode(local)
+    if mode is None:
+        if has_magic(path):
+            return _resolve_glob(local)
+        raise _missing_local(local)
+    if not stat.S_ISDIR(mode):
+        return _files_only(path, [local], _NO_MATCH)
+    with read_errors(path):
+        entries = sorted(item for item in local.iterdir() if _is_row_file(item.name))
+    return _files_only(path, entries, _NO_ROW_FILES)
+
+
+def _resolve_glob(pattern: Path) -> list[str]:
+    fixed = next(i for i, part in enumerate(pattern.parts) if has_magic(part))
+    folder, wild = Path(*pattern.parts[:fixed]), Path(*pattern.parts[fixed:])
+    place = str(pattern)
+    try:
+        # pathlib's ** does not descend into linked folders: a loop of links cannot trap it.
+        found = sorted(set(folder.glob(str(wild))))
+    except (OSError, ValueError) as error:
+        raise DataError(printable(place), f"is not a usable glob ({error})", "mend the pattern") from error
+    if not any(part.startswith(".") for part in wild.parts):
+        depth = len(folder.parts)
+        found = [item for item in found if not any(p.startswith(".") for p in item.parts[depth:])]
+    return _files_only(place, found, _NO_MATCH)
+
+
+def _files_only(path: str, items: list[Path], fault_if_none: str) -> list[str]:
+    """The regular files among ``items``; folders are left out, pipes, devices and dead links refused."""
+    files = []
+    for item in items:
+        mode = _mode(item)
+        if mode is None:
+            raise _missing_local(item)
+        if stat.S_ISDIR(mode):
+            continue
+        if not stat.S_ISREG(mode):
+            raise DataError(printable(str(item)), "is a pipe, socket or device", "name a regular file")
+        files.append(str(item))
+    if not files:
+        raise DataError(printable(path), fault_if_none, "check the path")
+    return files
+
+
+def _mode(path: Path) -> int | None:
+    """The file's type bits with links followed, or None where nothing is there."""
+    with read_errors(str(path)):
+        try:
+            return path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def _is_row_file(name: str) -> bool:
+    return name.endswith(_SUFFIXES) and not name.startswith(".")
+
+
+def _missing_local(path: Path) -> DataError:
+    if path.is_symlink():
+        fault = "is a link to a file that does not exist"
+        return DataError(printable(str(path)), fault, "mend or remove the link")
+    if not path.parent.is_dir():
+        remedy = f"nor is there a folder {printable(str(path.parent))}"
+        return DataError(printable(str(path)), "does not exist", remedy)
+    try:
+        names = [item.name for item in path.parent.iterdir()]
+    except OSError:  # a folder that may be entered but not listed
+        names = []
+    return _missing(str(path), path.name, names)
+
+
+def _missing(place: str, name: str, names: list[str]) -> DataError:
+    nearest = closest(name, (other for other in names if not other.startswith(".")))
+    remedy = f"closest there is {printable(nearest)}" if nearest else "check the path"
+    return DataError(printable(place), "does not exist", remedy)
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs  # imported late: local files need none of it
+
+    filesystem, root = url_to_fs(url)
+    return filesystem, str(root)
+
+
+def _resolve_url(url: str) -> list[str]:
+    with read_errors(url):
+        filesystem, root = _filesystem(url)
+        if url.startswith(("file://", "local://")):
+            return _resolve_local(root)
+        return _resolve_remote(filesystem, root, url)
+
+
+def _resolve_remote(filesystem: Any, root: str, url: str) -> list[str]:
+    try:  # info tells a missing file from missing rights; isfile and exists do not
+        kind = filesystem.info(root)["type"]
+    except FileNotFoundError:
+        kind = "glob" if has_magic(root) else "missing"
+    if kind == "file":
+        return [url]
+    if kind == "missing":
+        folder, _, name = root.rpartition("/")
+        siblings = filesystem.ls(folder, detail=False) if filesystem.isdir(folder) else []
+        raise _missing(url, name, [_base_name(item) for item in siblings])
+    if kind == "glob":
+        entries, fault = list(filesystem.glob(root, detail=True).values()), _NO_MATCH
+    else:
+        listed = filesystem.ls(root, detail=True)
+        entries, fault = [item for item in listed if _is_row_file(_base_name(item["name"]))], _NO_ROW_FILES
+    names = sorted(item["name"] for item in entries if item["type"] == "file")
+    if not names:
+        raise DataError(printable(url), fault, "check the path")
+    if "::" in url:
+        raise DataError(printable(url), "chains file systems over a folder or glob", "name one file")
+    return [str(filesystem.unstrip_protocol(name)) for name in names]
+
+
+def _base_name(path: str) -> str:
+    return path.rpartition("/")[2]

@@ -1,0 +1,70 @@
+"""Held-out rows of a run and a model's score on them: loss, perplexity, task metric with interval."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tunesmith.data.rows import TokenizedRows
+from tunesmith.evaluation.answers import Question, greedy_answers
+from tunesmith.evaluation.heldout import perplexity, score_answers
+from tunesmith.evaluation.row_loss import row_loss
+from tunesmith.models.batches import MicroBatches
+from tunesmith.models.stops import Stops
+from tunesmith.tracking.events import Score
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows never trained on. ``questions`` is empty where no task metric is asked for."""
+
+    rows: TokenizedRows
+    questions: Sequence[Question]
+    metric: str | None
+    max_new_tokens: int
+
+
+def score_heldout(
+    model: Any,
+    tokenizer: Any,
+    heldout: HeldOut,
+    stops: Stops,
+    *,
+    micro_batches: MicroBatches,
+    seed: int,
+    autocast: torch.dtype | None,
+    label: str,
+    on_progress: OnProgress,
+) -> tuple[Score, list[str]]:
+    """Score a model, and give its answers to ``heldout.questions``.
+
+    Args:
+        micro_batches: how rows are cut when the loss is taken.
+        seed: of the bootstrap, where the metric needs one.
+        label, on_progress: ``on_progress(f"{label}: loss", done, total)``.
+    """
+    loss = row_loss(
+        model,
+        heldout.rows,
+        micro_batches=micro_batches,
+        autocast=autocast,
+        on_progress=lambda done, total: on_progress(f"{label}: loss", done, total),
+    )
+    base = Score(len(heldout.rows), loss, perplexity(loss))
+    if heldout.metric is None or not heldout.questions:
+        return base, []
+    answers = greedy_answers(
+        model,
+        tokenizer,
+        heldout.questions,
+        stop_token_ids=stops.token_ids,
+        stop_strings=stops.strings,
+        max_new_tokens=heldout.max_new_tokens,
+        on_progress=lambda done, total: on_progress(f"{label}: answers", done, total),
+    )
+    expected = [question.expected for question in heldout.questions]
+    metric = score_answers(expected, answers, heldout.metric, seed=seed)
+    return Score(base.rows, loss, base.perplexity, metric.name, metric.value, metric.interval), answers

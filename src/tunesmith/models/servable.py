@@ -1,0 +1,107 @@
+"""A model ready to answer: a base, or a base with an adapter, from a name or a checkpoint folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.checkpoints.locate import locate_model
+from tunesmith.checkpoints.manifest import MANIFEST_NAME, Manifest, fingerprint_weights, read_manifest, verify
+from tunesmith.data.rendering import Renderer
+from tunesmith.errors import ModelError
+from tunesmith.models.base import (
+    BaseFolder,
+    choose_device,
+    choose_dtype,
+    find_base,
+    load_model,
+    load_tokenizer,
+)
+from tunesmith.models.lora import continue_adapter
+from tunesmith.models.stops import Stops, find_stops
+
+
+@dataclass(frozen=True)
+class Servable:
+    """A loaded model with everything that turns chats into tokens and tokens into answers."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    renderer: Renderer
+    stops: Stops
+    manifest: Manifest | None  # None for a base model, and for checkpoints of other tools
+    folder: Path
+    is_adapter: bool
+
+
+def load_servable(reference: str, output_dirs: Sequence[Path], *, base: str | None = None) -> Servable:
+    """Load what ``reference`` names.
+
+    Args:
+        reference: a run, tag or checkpoint folder; else a base model's catalog name, folder or hub id.
+        output_dirs: where runs and tags are looked for.
+        base: where an adapter's base is, if its own record of it does not lead there.
+
+    Raises:
+        ModelError: it cannot be found, is damaged, or is an adapter of another base.
+        CheckpointError: a file is not the one that was saved.
+    """
+    folder = locate_model(reference, output_dirs)
+    if folder is None:
+        return _load(reference, find_base(reference), None, None)
+    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
+    if manifest is not None:
+        verify(folder)
+    if not (folder / "adapter_config.json").is_file():
+        return _load(reference, BaseFolder(reference, folder, None), None, manifest)
+    source = base or (manifest.base.source if manifest else _recorded_base(folder))
+    found = find_base(source)
+    if manifest is not None:
+        _check_base(reference, manifest, found)
+    return _load(reference, found, folder, manifest)
+
+
+def _load(name: str, base: BaseFolder, adapter: Path | None, manifest: Manifest | None) -> Servable:
+    device = choose_device()
+    dtype, _ = choose_dtype("auto", device)
+    # The checkpoint's own tokenizer and template: what was trained is what is used.
+    tokenizer = load_tokenizer(BaseFolder(name, adapter, None) if adapter else base)
+    context_length = manifest.config.get("context_length") if manifest else None
+    model = load_model(base, dtype=dtype, device=device, context_length=context_length)
+    settings = model.generation_config
+    if adapter is not None:
+        model = continue_adapter(model, adapter, trainable=False)
+        settings = _generation_config(adapter) or settings
+    model.eval()
+    model.requires_grad_(False)
+    renderer = Renderer(tokenizer)
+    stops = find_stops(tokenizer, settings, renderer.end_of_turn, ())
+    return Servable(
+        name, model, tokenizer, renderer, stops, manifest, adapter or base.path, adapter is not None
+    )
+
+
+def _generation_config(folder: Path) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+
+
+def _recorded_base(folder: Path) -> str:
+    from peft import PeftConfig
+
+    name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not name:
+        raise ModelError(str(folder), "does not say which base it belongs to", "name it with --base")
+    return str(name)
+
+
+def _check_base(reference: str, manifest: Manifest, base: BaseFolder) -> None:
+    _, fingerprint = fingerprint_weights(base.weight_files)
+    if fingerprint != manifest.base.fingerprint:
+        raise ModelError(
+            reference,
+            f"was trained on other weights of {manifest.base.source} than those in {base.path}",
+            "give the base it was trained on",
+        )

@@ -1,0 +1,62 @@
+"""The start of a run: names, its folder, its trackers."""
+
+import os
+import shutil
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from tunesmith.assembly import Assembly
+from tunesmith.checkpoints.atomic import write_text
+from tunesmith.checkpoints.manifest import BaseWeights, fingerprint_weights
+from tunesmith.checkpoints.naming import model_tag, new_run_folder
+from tunesmith.checkpoints.store import CheckpointStore, Mode
+from tunesmith.config.load import LoadedConfig
+from tunesmith.config.schema import Logger
+from tunesmith.run_record import Run
+from tunesmith.tracking.events import Sink
+from tunesmith.tracking.fanout import Fanout
+from tunesmith.tracking.sinks import open_sinks
+
+
+def open_run(loaded: LoadedConfig, parts: Assembly, console: Console, started: float) -> Run:
+    """Make the run's folder with its ``config.yaml``, and open its trackers.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        ConfigError: a tracker cannot be opened; no folder is left then.
+    """
+    output, checkpoints = loaded.config.output, loaded.config.checkpoints
+    model_id = loaded.config.model.model_id
+    output_dir = Path(output.output_dir).expanduser()
+    tag = output.custom_model_tag or model_tag(model_id)
+    files, fingerprint = fingerprint_weights(parts.text.base.weight_files)
+    folder = new_run_folder(output_dir, model_id, parts.kind, datetime.now())
+    try:
+        write_text(folder / "config.yaml", loaded.as_yaml())
+        sinks = _sinks(output.logger, folder, output_dir, tag, console)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    mode: Mode = "min" if checkpoints.best_metric == "eval_loss" else "max"
+    return Run(
+        loaded=loaded,
+        parts=parts,
+        name=folder.name,
+        tag=tag,
+        folder=folder,
+        store=CheckpointStore(folder, checkpoints.num_checkpoints_to_keep, mode),
+        track=Fanout(sinks),
+        base=BaseWeights(parts.text.base.model_id, parts.text.base.revision, files, fingerprint),
+        started=started,
+    )
+
+
+def _sinks(logger: Logger | None, folder: Path, output_dir: Path, tag: str, console: Console) -> list[Sink]:
+    settings = logger.provider_config.model_dump() if logger else {}
+    settings["run_name"] = settings.get("run_name") or tag
+    if logger and logger.provider == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
+        # MLflow's own default is a database in the current folder, which its small package cannot open.
+        settings["tracking_uri"] = settings["tracking_uri"] or str((output_dir / "mlruns").resolve())
+    return open_sinks(folder, console, logger.provider if logger else None, **settings)

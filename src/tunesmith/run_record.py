@@ -1,0 +1,218 @@
+"""The facts of one run: what it is, what adds up while it goes on, and the record made of them."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith.assembly import Assembly
+from tunesmith.checkpoints.manifest import BaseWeights, read_manifest
+from tunesmith.checkpoints.store import BEST, CheckpointStore
+from tunesmith.config.load import LoadedConfig
+from tunesmith.config.schema import RunConfig
+from tunesmith.evaluation.answers import Question
+from tunesmith.evaluation.heldout import perplexity
+from tunesmith.models.method import count_parameters
+from tunesmith.tracking.environment import machine, versions
+from tunesmith.tracking.events import (
+    EpochEvent,
+    EvalEvent,
+    RunRecord,
+    RunStarted,
+    SampleAnswer,
+    Score,
+    StepEvent,
+)
+from tunesmith.tracking.fanout import Fanout
+from tunesmith.training.loop import peak_memory_bytes
+
+_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's fixed facts: names, places, parts."""
+
+    loaded: LoadedConfig
+    parts: Assembly
+    name: str
+    tag: str
+    folder: Path
+    store: CheckpointStore
+    track: Fanout
+    base: BaseWeights
+    started: float
+
+    @property
+    def config(self) -> RunConfig:
+        return self.loaded.config
+
+
+@dataclass
+class Totals:
+    """What changes over the steps of a run."""
+
+    steps: int = 0
+    epoch: int = 1
+    train_seconds: float = 0.0
+    real_tokens: int = 0
+    trained_tokens: int = 0
+    epoch_loss: float = 0.0
+    epoch_tokens: int = 0
+    epoch_seconds: float = 0.0
+    epoch_eval_seconds: float = 0.0
+    seconds_to_first_step: float | None = None
+    evaluation: EvalEvent | None = None  # the last one
+    before: Score | None = None
+    after: Score | None = None
+
+    def add(self, event: StepEvent) -> None:
+        """Count one optimizer step."""
+        self.steps, self.epoch = event.step, event.epoch
+        self.train_seconds += event.train_time_per_step
+        self.epoch_seconds += event.train_time_per_step
+        self.real_tokens += event.real_tokens
+        self.trained_tokens += event.trained_tokens
+        self.epoch_loss += event.train_loss_batch * event.trained_tokens
+        self.epoch_tokens += event.trained_tokens
+
+    def end_epoch(self) -> EpochEvent:
+        """The epoch's figures; counting starts anew."""
+        mean = self.epoch_loss / self.epoch_tokens
+        event = EpochEvent(self.epoch, self.steps, mean, self.epoch_seconds, self.epoch_eval_seconds)
+        self.epoch_loss, self.epoch_tokens = 0.0, 0
+        self.epoch_seconds, self.epoch_eval_seconds = 0.0, 0.0
+        return event
+
+
+def run_started(run: Run) -> RunStarted:
+    """What will be trained, on what, how."""
+    parts, config, plan = run.parts, run.config, run.parts.plan
+    trainable, total = count_parameters(parts.model)
+    train = parts.text.splits.train
+    is_lora = parts.kind == "lora"
+    header = {
+        "Method": "LoRA (lora_config is present)" if is_lora else "full-parameter (no lora_config)",
+        "Base": f"{config.model.model_id}, {total:,} parameters{' with the adapter' if is_lora else ''}",
+        "Trained": f"{trainable:,} parameters ({trainable / total:.2%})",
+        "Task": f"{parts.text.splits.train_on.value}, {train.trained.mean():.0%} of the tokens are trained",
+        "Data": f"{len(train):,} rows of {config.data.train_path}, longest {int(train.lengths.max()):,} tokens",
+        "Steps": f"{plan.total_steps:,} of {plan.rows_per_step} rows; epochs: {plan.epochs}",
+        "Learning rate": f"{parts.peak_rate:g}, {config.optimization.lr_scheduler_type}",
+        "Precision": parts.dtype_reason,
+        "Micro-batches": parts.batches_reason,
+        "Run folder": str(run.folder),
+    }
+    return RunStarted(
+        run=run.name,
+        tag=run.tag,
+        method=parts.kind,
+        model_id=config.model.model_id,
+        task=parts.text.splits.train_on.value,
+        total_steps=plan.total_steps,
+        epochs=plan.epochs,
+        header=header,
+        config=run.loaded.resolved(),
+    )
+
+
+def start_notices(run: Run) -> Iterator[str]:
+    """What a user should know before the first step: settings that cannot act, rows that are left out."""
+    yield from config_notices(run.loaded, run.parts.plan.total_steps)
+    train = run.parts.text.splits.train
+    if train.skipped:
+        yield f"{train.skipped:,} training rows break a rule and are left out (--skip-bad-rows)"
+    if run.parts.text.renderer.end_of_turn is None and run.parts.text.splits.train_on == "instruction_tuning":
+        yield (
+            "this chat template ends an assistant turn with no control token, so the model is not taught to stop; "
+            "set generation_config.stopping_sequences or a prompt_format with an end-of-turn token"
+        )
+
+
+def config_notices(loaded: LoadedConfig, total_steps: int) -> Iterator[str]:
+    """Settings of the file that cannot act in this combination."""
+    config = loaded.config
+    warmup = config.optimization.num_warmup_steps
+    if warmup >= total_steps:
+        yield (
+            f"{loaded.place('num_warmup_steps')} is {warmup}, not below the {total_steps} steps of this run: the "
+            "learning rate never reaches its peak"
+        )
+    if config.data.valid_path is None:
+        for key in ("eval_batch_size_per_device", "eval_first"):
+            if loaded.is_given(key) and config.checkpoints.evaluation is None:
+                yield f"{loaded.place(key)} has no effect without valid_path"
+    if config.optimization.num_epochs is not None and loaded.is_given("min_update_steps"):
+        yield f"{loaded.place('min_update_steps')} has no effect beside num_epochs"
+    asked = config.model.context_length
+    if asked is None and loaded.is_given("embedding_scaling_technique"):
+        yield f"{loaded.place('embedding_scaling_technique')} has no effect without context_length"
+
+
+def make_samples(
+    questions: Sequence[Question], before: Sequence[str], after: Sequence[str]
+) -> tuple[SampleAnswer, ...]:
+    """The first held-out rows with the base's and the tuned model's answers."""
+    first: Sequence[str | None] = before or [None] * len(after)
+    rows = list(zip(questions, first, after, strict=True))[:_SAMPLES] if after else []
+    return tuple(SampleAnswer(q.shown, q.expected, old, new) for q, old, new in rows)
+
+
+def data_facts(run: Run) -> dict[str, dict[str, Any]]:
+    """Path, digest and rows of each split."""
+    splits, heldout = run.parts.text.splits, run.parts.heldout
+    named = {"train": splits.train, "valid": splits.valid, "test": heldout.rows if heldout else None}
+    if named["test"] is named["valid"]:
+        named["test"] = None
+    return {
+        name: {"path": rows.path, "sha256": rows.sha256, "rows": len(rows)}
+        for name, rows in named.items()
+        if rows is not None
+    }
+
+
+def make_record(
+    run: Run,
+    totals: Totals,
+    status: Literal["finished", "interrupted", "failed"],
+    samples: tuple[SampleAnswer, ...] = (),
+) -> RunRecord:
+    """The record of a run in whatever state it ended."""
+    trainable, total = count_parameters(run.parts.model)
+    best = run.store.best()
+    loss = read_manifest(best.path).eval_loss if best else None
+    seconds = totals.train_seconds
+    published = run.folder / BEST
+    return RunRecord(
+        run=run.name,
+        tag=run.tag,
+        method=run.parts.kind,
+        model_id=run.config.model.model_id,
+        task=run.parts.text.splits.train_on.value,
+        status=status,
+        steps=totals.steps,
+        epochs=run.parts.plan.epochs,
+        rows=len(run.parts.text.splits.train),
+        wall_seconds=time.perf_counter() - run.started,
+        seconds_to_first_step=totals.seconds_to_first_step,
+        real_tokens=totals.real_tokens,
+        trained_tokens=totals.trained_tokens,
+        real_tokens_per_second=totals.real_tokens / seconds if seconds else None,
+        trained_tokens_per_second=totals.trained_tokens / seconds if seconds else None,
+        peak_rss_bytes=peak_memory_bytes(),
+        predicted_peak_rss_bytes=None,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        checkpoint_bytes=best.bytes if best else None,
+        best_checkpoint=str((published if published.is_dir() else best.path).resolve()) if best else None,
+        eval_loss=loss,
+        perplexity=perplexity(loss) if loss is not None and math.isfinite(loss) else None,
+        before=totals.before,
+        after=totals.after,
+        samples=samples,
+        versions=versions(),
+        machine=machine(),
+        data=data_facts(run),
+    )

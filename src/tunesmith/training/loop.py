@@ -1,0 +1,131 @@
+"""The one training loop, for LoRA and full-parameter alike: an iterator over optimizer steps.
+
+Whoever iterates decides what happens between steps (evaluate, save, stop); nothing is called back. The
+random numbers of a micro-batch come from its place in the run, so a run can be entered at any step.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from tunesmith.data.order import step_rows, stream_seed
+from tunesmith.data.rows import TokenizedRows
+from tunesmith.errors import NonFiniteError
+from tunesmith.models.batches import MicroBatches
+from tunesmith.models.loss import loss_sum
+from tunesmith.tracking.events import StepEvent
+from tunesmith.training.schedule import StepPlan
+
+
+def train_steps(
+    model: Any,
+    parameters: Sequence[torch.nn.Parameter],
+    rows: TokenizedRows,
+    plan: StepPlan,
+    optimizer: torch.optim.Optimizer,
+    *,
+    learning_rate_at: Callable[[int], float],
+    max_grad_norm: float,
+    micro_batches: MicroBatches,
+    seed: int,
+    started: float,
+    autocast: torch.dtype | None = None,
+    flops_per_token: Callable[[int, int], float] | None = None,
+    peak_flops: float | None = None,
+) -> Iterator[StepEvent]:
+    """Train, yielding after each optimizer step.
+
+    Args:
+        model: a Hugging Face causal LM, or PEFT around one; left in whatever mode the caller's code between
+            steps needs, set to training at the start of each step.
+        parameters: the tensors that are trained.
+        rows: the training rows.
+        plan: epochs and rows per step.
+        optimizer: over ``parameters``.
+        learning_rate_at: rate of a step, from 1.
+        max_grad_norm: clip to this global norm; 0: no clipping.
+        micro_batches: how the rows of a step are cut; changes memory and speed, never the result.
+        seed: order of rows and dropout.
+        started: ``time.perf_counter()`` at the start of the run, for ``time_total_s``.
+        autocast: compute dtype of matrix products; None: that of the weights.
+        flops_per_token, peak_flops: for the model FLOPs utilisation; (real, trained) tokens -> FLOPs.
+
+    Raises:
+        NonFiniteError: loss or gradient is NaN or infinite; parameters are as after the step before.
+    """
+    lengths, counts = rows.lengths, rows.trained_counts
+    step = 0
+    for epoch in range(1, plan.epochs + 1):
+        for chosen in step_rows(len(rows), plan.rows_per_step, seed, epoch):
+            step += 1
+            begun = time.perf_counter()
+            model.train()
+            trained_tokens = int(counts[chosen].sum())
+            total, forward_time, backward_time = 0.0, 0.0, 0.0
+            for number, batch in enumerate(micro_batches(rows, chosen)):
+                torch.manual_seed(stream_seed(seed, "dropout", step, number))
+                before = time.perf_counter()
+                loss = loss_sum(model, batch, autocast)
+                total += float(loss.total.detach())
+                between = time.perf_counter()
+                # Divided here by the count of the whole step, gradients simply add up to the step's mean.
+                (loss.total / trained_tokens).backward()
+                forward_time += between - before
+                backward_time += time.perf_counter() - between
+            norm = _clip(parameters, max_grad_norm)
+            if not (math.isfinite(total) and math.isfinite(norm)):
+                optimizer.zero_grad(set_to_none=True)
+                raise _non_finite(step, total, [rows.origin(i) for i in chosen])
+            rate = learning_rate_at(step)
+            for group_settings in optimizer.param_groups:
+                group_settings["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - begun
+            real_tokens = int(lengths[chosen].sum())
+            flops = flops_per_token(real_tokens, trained_tokens) if flops_per_token else None
+            yield StepEvent(
+                step=step,
+                epoch=epoch,
+                learning_rate=rate,
+                train_loss_batch=total / trained_tokens,
+                grad_norm=norm,
+                fwd_time=forward_time,
+                bwd_time=backward_time,
+                train_time_per_step=seconds,
+                real_tokens=real_tokens,
+                trained_tokens=trained_tokens,
+                trained_tokens_throughput=trained_tokens / seconds,
+                mfu=flops / seconds / peak_flops if flops and peak_flops else None,
+                peak_memory=peak_memory_bytes(),
+                time_total_s=time.perf_counter() - started,
+            )
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process so far; on a GPU, the highest allocated there."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _clip(parameters: Sequence[torch.nn.Parameter], max_grad_norm: float) -> float:
+    if max_grad_norm:
+        return float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
+def _non_finite(step: int, total: float, origins: Sequence[str]) -> NonFiniteError:
+    what = "gradient" if math.isfinite(total) else "loss"
+    shown = ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
+    return NonFiniteError(
+        f"step {step}",
+        f"the {what} is not finite on rows {shown}",
+        "nothing was learned from this step; lower learning_rate or look at these rows",
+    )

@@ -1,0 +1,45 @@
+"""Ctrl-C and SIGTERM: finish the step at hand, then stop."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+class StopRequested(Exception):
+    """Ends an evaluation that a signal has made pointless. Never leaves the run."""
+
+
+@dataclass
+class StopRequest:
+    """Set by a signal, read between steps. A second signal interrupts at once."""
+
+    signal_name: str | None = None
+
+    def check(self) -> None:
+        """Raise StopRequested if a signal has come."""
+        if self.signal_name:
+            raise StopRequested
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Within the block SIGINT and SIGTERM set the request instead of ending the process."""
+    request = StopRequest()
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if request.signal_name:
+            raise KeyboardInterrupt
+        request.signal_name = signal.Signals(number).name
+
+    try:
+        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: somebody else decides about signals
+        yield request
+        return
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
