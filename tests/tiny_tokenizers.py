@@ -118,7 +118,7 @@ def unigram(
     learned = [(piece, score) for piece, score in json.loads(trained.to_str())["model"]["vocab"]]
     pieces = [("<unk>", 0.0), *((token, 0.0) for token in special)]
     pieces += [pair for pair in learned if pair[0] != "<unk>"]
-    pieces += [(byte, -20.0) for byte in BYTES]
+    pieces += [("▁[/INST](", -1.0), *((byte, -20.0) for byte in BYTES)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
     tokenizer.pre_tokenizer = trained.pre_tokenizer
     if normalizer is not None:

@@ -2,22 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from tunesmith.config.load import DEFAULT_LEARNING_RATE, LoadedConfig
-from tunesmith.config.schema import Evaluation, GenerationConfig, LoraMethod, ModelSettings, RepoId
+from tunesmith.config.schema import Evaluation, GenerationConfig, LoraMethod, RepoId
+from tunesmith.data.conversation import detect_task
 from tunesmith.data.lengths import fit_to_length
 from tunesmith.data.prompt_format import chat_template
 from tunesmith.data.rendering import Renderer, TrainOn
 from tunesmith.data.rows import TokenizedRows, tokenize_rows
 from tunesmith.data.splits import Splits, choose_context_length, load_splits
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, ModelError
 from tunesmith.evaluation.answers import read_questions
 from tunesmith.evaluation.heldout import check_expected
 from tunesmith.evaluation.score import HeldOut
+from tunesmith.forwarding import refuse_unusable_place
 from tunesmith.models.base import (
     BaseFolder,
     choose_device,
@@ -31,6 +32,7 @@ from tunesmith.models.batches import MicroBatches, packed_batches, padded_batche
 from tunesmith.models.catalog import cache_dir
 from tunesmith.models.method import prepare_full, prepare_lora, set_generation_defaults
 from tunesmith.models.stops import Stops, find_stops
+from tunesmith.starting_points import adapter_to_continue, weights_id
 from tunesmith.training.schedule import StepPlan, plan_steps
 
 DEFAULT_TRAIN_ROWS = 8
@@ -74,14 +76,6 @@ class Assembly:
     parent: str | None
 
 
-def weights_id(settings: ModelSettings) -> str:
-    """Where the base weights come from: the model itself, or a checkpoint in its place."""
-    start = settings.initial_base_model_ckpt_path
-    if start is None:
-        return settings.model_id
-    return start.repo_id if isinstance(start, RepoId) else start
-
-
 def template_of(settings: GenerationConfig) -> str | None:
     """The chat template that replaces the model's own, or None."""
     return chat_template(settings.prompt_format) if settings.prompt_format else None
@@ -97,6 +91,12 @@ def assemble_text(loaded: LoadedConfig, *, weights: bool, skip_bad_rows: bool, s
     base = find_base(weights_id(model), weights=weights, say=say)
     tokenizer = load_tokenizer(base, template_of(data.generation_config))
     renderer = Renderer(tokenizer)
+    if not tokenizer.chat_template and detect_task(data.train_path) == TrainOn.ASSISTANT_TURNS:
+        raise ModelError(
+            base.model_id,
+            "has no chat template, which rows with messages need",
+            "set generation_config.prompt_format, or take the model's instruction-tuned sibling",
+        )
     splits = load_splits(
         data.train_path,
         data.valid_path,
@@ -110,7 +110,8 @@ def assemble_text(loaded: LoadedConfig, *, weights: bool, skip_bad_rows: bool, s
     )
     for rows in (splits.train, splits.valid):
         if rows is not None and rows.skipped:
-            say(f"{rows.path}: {rows.skipped:,} rows break a rule and were left out (--skip-bad-rows)")
+            what = "1 row breaks" if rows.skipped == 1 else f"{rows.skipped:,} rows break"
+            say(f"{rows.path}: {what} a rule, left out (--skip-bad-rows)")
     limit = model_limit(base)
     context_length = choose_context_length(
         model.context_length,
@@ -132,7 +133,7 @@ def assemble(loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say) -> Assembly
     refuse_contradictions(loaded)
     text = assemble_text(loaded, weights=True, skip_bad_rows=skip_bad_rows, say=say)
     fitted = text.splits.fitted(text.context_length, config.data.on_too_long)
-    heldout, valid = _held_out(loaded, text, fitted, skip_bad_rows=skip_bad_rows)
+    heldout, valid = held_out(loaded, text, fitted, skip_bad_rows=skip_bad_rows)
     optimization = config.optimization
     batch = rows_per_step(optimization.train_batch_size_per_device, optimization.gradient_accumulation_steps)
     plan = plan_steps(len(fitted.train), batch, optimization.num_epochs, optimization.min_update_steps)
@@ -173,9 +174,15 @@ def rows_per_step(batch_size: int | Literal["auto"], gradient_accumulation_steps
 
 
 def refuse_contradictions(loaded: LoadedConfig) -> None:
-    """Raise ConfigError for settings that would train something else than was asked."""
+    """Settings that would train something else than was asked, or whose result could not be left anywhere.
+
+    Raises:
+        ConfigError, OutputError: naming the first.
+    """
     config = loaded.config
     is_lora = isinstance(config.method, LoraMethod)
+    if is_lora:
+        refuse_unusable_place(config.output)
     if config.model.initial_adapter_model_ckpt_path is not None and not is_lora:
         raise ConfigError(
             loaded.place("initial_adapter_model_ckpt_path"),
@@ -196,9 +203,14 @@ def refuse_contradictions(loaded: LoadedConfig) -> None:
         )
 
 
-def _held_out(
+def held_out(
     loaded: LoadedConfig, text: TextParts, fitted: Splits, *, skip_bad_rows: bool
 ) -> tuple[HeldOut | None, HeldOut | None]:
+    """What is scored before and after the run, and what on its checkpoint schedule.
+
+    Raises:
+        ConfigError, DataError: there are no rows, or the metric cannot score them.
+    """
     settings = loaded.config.checkpoints.evaluation
     valid_path, data = loaded.config.data.valid_path, loaded.config.data
     if settings is None:
@@ -252,19 +264,20 @@ def _load(
     parent = None
     if isinstance(method, LoraMethod):
         start = settings.initial_adapter_model_ckpt_path
-        folder = find_adapter(start) if start is not None else None
+        given, place = method.lora_config, loaded.place("lora_config")
+        folder = adapter_to_continue(start, text.base, given, place) if start is not None else None
         parent = str(start.repo_id if isinstance(start, RepoId) else start) if start is not None else None
         model = prepare_lora(
             model,
-            method.lora_config,
+            given,
             seed=loaded.config.optimization.seed,
-            place=loaded.place("lora_config"),
+            place=place,
             continue_from=folder,
         )
     else:
         model = prepare_full(model)
     if settings.initial_base_model_ckpt_path is not None:
-        parent = weights_id(settings)
+        parent = text.base.model_id
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return ("lora" if isinstance(method, LoraMethod) else "full"), model, autocast, reason, parent
@@ -287,12 +300,3 @@ def _micro_batches(
         padded_batches(EVAL_TOKEN_BUDGET, pad_token_id, device, eval_rows),
         reason,
     )
-
-
-def find_adapter(start: str | RepoId) -> Path:
-    """The folder of an adapter: local, or fetched from the hub. Raises ModelError."""
-    from tunesmith.models.base import fetch_from_hub
-
-    if isinstance(start, RepoId):
-        return fetch_from_hub(start.repo_id, ["*.json", "*.jinja", "adapter_model.safetensors"]).path
-    return Path(start).expanduser()

@@ -1,7 +1,7 @@
 """``tunesmith chat``: one question, the answers of several models side by side."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 from rich.columns import Columns
 from rich.console import Console
@@ -14,6 +14,7 @@ from tunesmith.data.rendering import RenderingError
 from tunesmith.errors import DataError
 from tunesmith.evaluation.generate import cut_at_stop, generate_greedy
 from tunesmith.models.servable import Servable
+from tunesmith.tracking.formats import visible
 
 _HELP = "Type a message. /reset starts anew, /exit or Ctrl-D ends."
 
@@ -27,14 +28,20 @@ def chat(models: Sequence[Servable], console: Console, max_new_tokens: int, syst
         if said == "/reset":
             turns = [list(opening) for _ in models]
             continue
-        for history in turns:
-            history.append(Message("user", said))
-        answers = ["…"] * len(models)
-        with Live(_side_by_side(models, answers), console=console, auto_refresh=False) as live:
+        shown = ["…"] * len(models)
+        with _display(console) as show:
             for index, (servable, history) in enumerate(zip(models, turns, strict=True)):
-                answers[index] = answer(servable, Conversation(tuple(history)), max_new_tokens)
-                history.append(Message("assistant", answers[index] or " "))
-                live.update(_side_by_side(models, answers), refresh=True)
+                asked = [*history, Message("user", said)]
+                try:
+                    text = answer(servable, Conversation(tuple(asked)), max_new_tokens)
+                except DataError as error:
+                    shown[index] = (
+                        f"(no answer: {error})"  # the others, and the next question, still get theirs
+                    )
+                else:
+                    shown[index] = visible(text)
+                    history[:] = [*asked, Message("assistant", text or " ")]
+                show(_side_by_side(models, shown))
 
 
 def answer(servable: Servable, conversation: Conversation, max_new_tokens: int) -> str:
@@ -47,7 +54,7 @@ def answer(servable: Servable, conversation: Conversation, max_new_tokens: int) 
         prompt = servable.renderer.prompt(conversation)
     except RenderingError as error:
         raise DataError("conversation", str(error), "/reset starts anew") from error
-    room = int(servable.model.config.max_position_embeddings) - len(prompt)
+    room = servable.context_length - len(prompt)
     if room < 1:
         raise DataError("conversation", f"fills the context of {servable.name}", "/reset starts anew")
     ids = generate_greedy(
@@ -63,10 +70,32 @@ def answer(servable: Servable, conversation: Conversation, max_new_tokens: int) 
     return cut_at_stop(text, servable.stops.strings)
 
 
+@contextmanager
+def _display(console: Console) -> Iterator[Callable[[Columns], None]]:
+    """On a terminal each state replaces the one before; elsewhere only the last is printed, as whole lines."""
+    last: list[Columns] = []
+    with ExitStack() as stack:
+        live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
+
+        def show(panels: Columns) -> None:
+            last[:] = [panels]
+            if live is not None:
+                live.update(panels, refresh=True)
+
+        yield show
+    if live is None and last:
+        console.print()
+        console.print(last[0])
+
+
 def _messages(console: Console) -> Iterator[str]:
-    with suppress(EOFError, KeyboardInterrupt):
+    with suppress(KeyboardInterrupt):
         while True:
-            said = console.input("[bold cyan]you>[/] ").strip()
+            try:
+                said = console.input("[bold cyan]you>[/] ").strip()
+            except EOFError:
+                console.print()  # the shell's prompt belongs on a line of its own
+                return
             if said in ("/exit", "/quit"):
                 return
             if said:

@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.assembly import assemble_text, refuse_contradictions, rows_per_step
+from tunesmith.assembly import assemble_text, held_out, refuse_contradictions, rows_per_step
 from tunesmith.config.load import LoadedConfig
 from tunesmith.data.lengths import LengthCensus, census
 from tunesmith.data.order import step_rows
@@ -75,6 +75,7 @@ def check_config(
     splits = [("train", text.splits.train), ("valid", text.splits.valid)]
     facts = tuple(_facts(name, rows, text.context_length, batch) for name, rows in splits if rows is not None)
     fitted = text.splits.fitted(text.context_length, loaded.config.data.on_too_long)
+    held_out(loaded, text, fitted, skip_bad_rows=skip_bad_rows)  # for the errors it raises
     plan = plan_steps(len(fitted.train), batch, settings.num_epochs, settings.min_update_steps)
     shown = [fitted.train.row(i) for i in range(min(preview_rows, len(fitted.train)))]
     return CheckResult(

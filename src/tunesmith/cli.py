@@ -6,6 +6,7 @@ Nothing heavy is imported until a command needs it, so that ``--help`` answers a
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,9 @@ def finetune(config: str | None, overrides: tuple[str, ...], default: bool, skip
 @click.argument("config")
 @_SET
 @click.option("--show", is_flag=True, help="Print every value and where it came from.")
-@click.option("--rows", default=3, show_default=True, help="Rows in the coloured view.")
+@click.option(
+    "--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows in the coloured view."
+)
 @_SKIP
 @_JSON
 def check(
@@ -156,7 +159,9 @@ def merge(run: str, output: Path, data: str | None, base: str | None, output_dir
     from tunesmith.merge import merge_to_folder
     from tunesmith.models.servable import load_servable
 
-    merge_to_folder(load_servable(run, output_dirs, base=base), output, data, _console())
+    # In float32: the sum of two matrices is not the place to lose digits.
+    servable = load_servable(run, output_dirs, base=base, precision="fp32")
+    merge_to_folder(servable, output, data, _console())
 
 
 @cli.command()
@@ -179,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not end a run
             stream.reconfigure(errors="backslashreplace")
+    _silence_libraries()
     try:
         cli.main(args=arguments, prog_name="tunesmith", standalone_mode=False)
     except TunesmithError as error:
@@ -204,6 +210,12 @@ def _load(config: str | None, overrides: Sequence[str], default: bool = False) -
     from tunesmith.config.load import load_config
 
     return load_config(config, overrides, default=default)
+
+
+def _silence_libraries() -> None:
+    # Their warnings are for programmers. What matters to a user is checked and said by this program.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module=r"(peft|torch|transformers|huggingface_hub|mlflow|wandb)\b")
 
 
 def _console(*, stderr: bool = False) -> "Console":

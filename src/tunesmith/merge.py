@@ -1,6 +1,9 @@
 """``tunesmith merge``: a LoRA run -> one Hugging Face folder."""
 
 import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -11,7 +14,7 @@ from rich.text import Text
 from tunesmith.checkpoints.atomic import whole_folder
 from tunesmith.checkpoints.manifest import hash_files, write_manifest
 from tunesmith.data.conversation import Problem, iter_examples
-from tunesmith.data.rendering import TrainOn
+from tunesmith.data.rendering import RenderingError, TrainOn
 from tunesmith.errors import DataError, ModelError, OutputError
 from tunesmith.models.merging import merge_verified, save_merged
 from tunesmith.models.servable import Servable
@@ -32,7 +35,7 @@ def merge_to_folder(servable: Servable, output: Path, data: str | None, console:
     """
     if not servable.is_adapter:
         raise ModelError(servable.name, "is no LoRA adapter: there is nothing to merge", "use it as it is")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(str(output), "exists", "name a new folder")
     rows = _rows(servable, data)
     merged, difference = merge_verified(servable.model, rows, servable.name)
@@ -55,18 +58,27 @@ def merge_to_folder(servable: Servable, output: Path, data: str | None, console:
 
 
 def _rows(servable: Servable, data: str | None) -> list[list[int]]:
-    trained = (
-        servable.manifest.data.get("valid") or servable.manifest.data["train"] if servable.manifest else None
-    )
+    """Token ids of the first rows of ``data``, or of what the run was trained on."""
+    splits = servable.manifest.data if servable.manifest else {}
+    trained = splits.get("valid") or splits.get("train")
     path = data or (str(trained["path"]) if trained else None)
     if path is None:
         raise DataError(servable.name, "there are no rows to compare on", "name some with --data FILE.jsonl")
-    rows = []
-    for record, example in islice(iter_examples(path), _ROWS):
-        if isinstance(example, Problem):
-            raise DataError(f"{record.file}:{record.line}", example.rule, "name other rows with --data")
-        rows.append(servable.renderer.example(example, TrainOn.ALL_TOKENS).ids.tolist()[:_TOKENS])
+    try:
+        rows = list(islice(_usable_rows(servable, path), _ROWS))
+    except DataError as error:
+        raise DataError(error.place, error.fault, "name rows to compare on with --data FILE.jsonl") from error
+    if not rows:
+        raise DataError(path, "has no row to compare on", "name other rows with --data FILE.jsonl")
     return rows
+
+
+def _usable_rows(servable: Servable, path: str) -> Iterator[list[int]]:
+    for _, example in iter_examples(path):
+        if isinstance(example, Problem):
+            continue
+        with suppress(RenderingError):
+            yield servable.renderer.example(example, TrainOn.ALL_TOKENS).ids.tolist()[:_TOKENS]
 
 
 def _stopping(merged: object, stops: Stops) -> object:

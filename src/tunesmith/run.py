@@ -3,6 +3,7 @@
 This module and ``cli`` are the only ones that unpack a configuration.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,7 +18,7 @@ from tunesmith.config.load import LoadedConfig
 from tunesmith.errors import Interrupted, NonFiniteError, TunesmithError
 from tunesmith.evaluation.score import HeldOut, score_heldout
 from tunesmith.models.lora import without_fresh_adapter
-from tunesmith.models.method import restore, save_servable, trainable_parameters
+from tunesmith.models.method import base_is_without_adapter, restore, save_servable, trainable_parameters
 from tunesmith.run_open import open_run
 from tunesmith.run_record import (
     Run,
@@ -42,9 +43,10 @@ from tunesmith.tracking.events import (
 )
 from tunesmith.tracking.summary import print_summary
 from tunesmith.training.loop import train_steps
+from tunesmith.training.memory_errors import memory_errors
 from tunesmith.training.optim import adamw
 from tunesmith.training.schedule import learning_rate_at
-from tunesmith.training.stop import StopRequest, StopRequested, stop_on_signals
+from tunesmith.training.stop import StopRequest, StopRequested, stop_on_signals, terminate_as_interrupt
 
 
 def finetune(loaded: LoadedConfig, console: Console, *, skip_bad_rows: bool = False) -> RunRecord:
@@ -57,8 +59,20 @@ def finetune(loaded: LoadedConfig, console: Console, *, skip_bad_rows: bool = Fa
         TunesmithError: any of its kinds; what was saved before stays good.
     """
     started = time.perf_counter()
-    parts = assemble(loaded, skip_bad_rows=skip_bad_rows, say=lambda text: console.print(text, markup=False))
-    run = open_run(loaded, parts, console, started)
+    with terminate_as_interrupt(), memory_errors():
+        parts = assemble(
+            loaded,
+            skip_bad_rows=skip_bad_rows,
+            say=lambda text: console.print(text, markup=False, soft_wrap=True),
+        )
+        run = open_run(loaded, parts, console, started)
+        record = _carry_out_and_report(run)
+        print_summary(console, record)
+        forward_best(run, record, console)
+    return record
+
+
+def _carry_out_and_report(run: Run) -> RunRecord:
     totals = Totals()
     try:
         with run.track:
@@ -73,8 +87,6 @@ def finetune(loaded: LoadedConfig, console: Console, *, skip_bad_rows: bool = Fa
             raise Interrupted(str(run.folder), f"stopped after step {totals.steps}", _kept(run)) from error
         raise
     leave_report(run, record)
-    print_summary(console, record)
-    forward_best(run, record, console)
     return record
 
 
@@ -85,7 +97,8 @@ def _carry_out(run: Run, totals: Totals) -> RunRecord:
     checkpoints, heldout = run.config.checkpoints, run.parts.heldout
     before: list[str] = []
     if heldout and (checkpoints.eval_first or checkpoints.evaluation):
-        with without_fresh_adapter(run.parts.model, is_fresh=run.parts.parent is None):
+        is_fresh = run.parts.parent is None and base_is_without_adapter(run.parts.model)
+        with without_fresh_adapter(run.parts.model, is_fresh=is_fresh):
             totals.before, before = _score(run, heldout, "Before")
     with stop_on_signals() as stop:
         _train(run, totals, stop)
@@ -172,6 +185,10 @@ def _evaluate(run: Run, totals: Totals, stop: StopRequest) -> None:
         score, _ = _score(run, valid, f"Step {totals.steps}", stop)
     except StopRequested:
         return
+    if not math.isfinite(score.loss):
+        raise NonFiniteError(
+            f"step {totals.steps}", "the evaluation loss is not finite", "lower learning_rate"
+        )
     seconds = time.perf_counter() - begun
     totals.epoch_eval_seconds += seconds
     totals.evaluation = EvalEvent(
@@ -187,6 +204,8 @@ def _evaluate(run: Run, totals: Totals, stop: StopRequest) -> None:
 
 def _save(run: Run, totals: Totals) -> None:
     parts, evaluation = run.parts, totals.evaluation
+    if not all(bool(tensor.isfinite().all()) for tensor in trainable_parameters(parts.model)):
+        raise NonFiniteError(f"step {totals.steps}", "a trained weight is not finite", "lower learning_rate")
     if evaluation is not None and evaluation.step != totals.steps:
         evaluation = None  # of an earlier step: says nothing about these weights
     metric = run.config.checkpoints.best_metric
@@ -216,7 +235,7 @@ def _save(run: Run, totals: Totals) -> None:
     saved = run.store.save(
         totals.steps,
         lambda folder: save_servable(
-            parts.model, parts.kind, parts.text.tokenizer, folder, run.config.model.model_id
+            parts.model, parts.kind, parts.text.tokenizer, folder, parts.text.base.model_id
         ),
         manifest,
         score,

@@ -14,6 +14,8 @@ from tunesmith.checkpoints.naming import model_tag, new_run_folder
 from tunesmith.checkpoints.store import CheckpointStore, Mode
 from tunesmith.config.load import LoadedConfig
 from tunesmith.config.schema import Logger
+from tunesmith.models.base import BaseFolder
+from tunesmith.models.catalog import CATALOG
 from tunesmith.run_record import Run
 from tunesmith.tracking.events import Sink
 from tunesmith.tracking.fanout import Fanout
@@ -31,7 +33,6 @@ def open_run(loaded: LoadedConfig, parts: Assembly, console: Console, started: f
     model_id = loaded.config.model.model_id
     output_dir = Path(output.output_dir).expanduser()
     tag = output.custom_model_tag or model_tag(model_id)
-    files, fingerprint = fingerprint_weights(parts.text.base.weight_files)
     folder = new_run_folder(output_dir, model_id, parts.kind, datetime.now())
     try:
         write_text(folder / "config.yaml", loaded.as_yaml())
@@ -48,9 +49,18 @@ def open_run(loaded: LoadedConfig, parts: Assembly, console: Console, started: f
         folder=folder,
         store=CheckpointStore(folder, checkpoints.num_checkpoints_to_keep, mode),
         track=Fanout(sinks),
-        base=BaseWeights(parts.text.base.model_id, parts.text.base.revision, files, fingerprint),
+        base=base_weights(parts.text.base),
+        tracker_url=next((url for sink in sinks if (url := getattr(sink, "url", None))), None),
         started=started,
     )
+
+
+def base_weights(base: BaseFolder) -> BaseWeights:
+    """What identifies the weights a run starts from; a local folder by its full path."""
+    files, fingerprint = fingerprint_weights(base.weight_files)
+    has_name = base.revision is not None or base.model_id in CATALOG
+    source = base.model_id if has_name else str(base.path.resolve())
+    return BaseWeights(source, base.revision, files, fingerprint)
 
 
 def _sinks(logger: Logger | None, folder: Path, output_dir: Path, tag: str, console: Console) -> list[Sink]:

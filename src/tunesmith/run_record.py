@@ -43,6 +43,7 @@ class Run:
     store: CheckpointStore
     track: Fanout
     base: BaseWeights
+    tracker_url: str | None  # where the run can be watched
     started: float
 
     @property
@@ -121,9 +122,8 @@ def run_started(run: Run) -> RunStarted:
 def start_notices(run: Run) -> Iterator[str]:
     """What a user should know before the first step: settings that cannot act, rows that are left out."""
     yield from config_notices(run.loaded, run.parts.plan.total_steps)
-    train = run.parts.text.splits.train
-    if train.skipped:
-        yield f"{train.skipped:,} training rows break a rule and are left out (--skip-bad-rows)"
+    if run.tracker_url:
+        yield f"W&B run: {run.tracker_url}"
     if run.parts.text.renderer.end_of_turn is None and run.parts.text.splits.train_on == "instruction_tuning":
         yield (
             "this chat template ends an assistant turn with no control token, so the model is not taught to stop; "

@@ -52,7 +52,7 @@ def test_check_json_is_all_that_standard_output_holds(tmp_path, tiny, rows, caps
     train = facts["splits"][0]["census"]
     assert (train["rows"], train["tokens"], train["longest"]) == (20, sum(lengths), max(lengths))
     assert (facts["method"], facts["steps"], facts["epochs"]) == ("full", 3, 1)
-    assert facts["trained_texts"][0] == "colour is red<|im_end|>"
+    assert facts["trained_texts"][0] == ["colour is red<|im_end|>"]
 
 
 def test_check_needs_no_weights(tmp_path, tiny, rows):
@@ -227,7 +227,8 @@ def test_chat_with_two_models_side_by_side(monkeypatch, tiny, lora_run, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert out.count("you> ") == 5  # the empty line is asked again, the end of the input ends it
-    assert out.count(f"─ {tiny} ─"[:30]) == 2
+    panels = [line for line in out.splitlines() if line.lstrip("you> ").startswith("╭")]
+    assert sum(str(lora_run.parent)[:20] in line for line in panels) == 2 * len({"lora", "base"})
     assert out.endswith("\n")
 
 

@@ -21,7 +21,9 @@ def listing_facts(run: RunListing) -> dict[str, Any]:
 def print_runs(console: Console, runs: Sequence[RunListing], output_dirs: Sequence[Path]) -> None:
     """A block a run, newest first: the path is never cut, so that it can be copied."""
     if not runs:
-        console.print(f"Nothing has been trained in {', '.join(map(str, output_dirs))}.", markup=False)
+        console.print(
+            f"Nothing has been trained in {', '.join(map(str, output_dirs))}.", markup=False, soft_wrap=True
+        )
         return
     table = Table(header_style="bold")
     for heading in ("tag", "base", "method", "best loss", "size", "status", "created"):

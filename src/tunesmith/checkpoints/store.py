@@ -235,9 +235,7 @@ def forward(best: Path, storage_root: str, tag: str, *, fs: FileOps = REAL) -> s
         CheckpointError: ``best`` is damaged, or space ran out.
         OutputError: the tag cannot be a folder, the place cannot be written or holds something else.
     """
-    parts = tag.split("/")
-    if any(part in ("", ".", "..") or "\0" in part for part in parts):
-        raise OutputError(f"model tag {tag!r}", "cannot be used as a folder name", "choose another tag")
+    parts = tag_parts(tag)
     storage_root = storage_root.removeprefix("file://")
     if "://" in storage_root:
         from tunesmith.checkpoints.remote import upload_checkpoint
@@ -254,6 +252,14 @@ def forward(best: Path, storage_root: str, tag: str, *, fs: FileOps = REAL) -> s
         raise OutputError(str(target), "exists and is no checkpoint", "move it away or choose another tag")
     _copy_checkpoint(best, target, fs)
     return str(target)
+
+
+def tag_parts(tag: str) -> list[str]:
+    """The folders that a tag stands for. Raises OutputError where it cannot be a folder."""
+    parts = tag.split("/")
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise OutputError(f"model tag {tag!r}", "cannot be used as a folder name", "choose another tag")
+    return parts
 
 
 def _standings(found: Mapping[int, tuple[Path, Manifest]]) -> list[Standing]:

@@ -1,19 +1,19 @@
 """YAML file + overrides -> RunConfig. Precedence: defaults < file < ``--set``."""
 
 import difflib
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from tunesmith.config.lora_keys import LORA_CONFIG_KEYS
 from tunesmith.config.schema import FLAT_SECTIONS, FullMethod, LoraMethod, RunConfig, Section
-from tunesmith.config.yaml_file import KeyPath, YamlFile, parse_value, read_yaml_file
+from tunesmith.config.yaml_file import KeyPath, YamlFile, dump_yaml, parse_value, read_yaml_file
 from tunesmith.errors import ConfigError
 
 DEFAULT_LEARNING_RATE = {"lora": 1e-4, "full": 1e-5}
@@ -49,7 +49,7 @@ class LoadedConfig:
 
     def as_yaml(self) -> str:
         """Every value, as a file that this tool reads back to the same configuration."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.resolved())
 
     def resolved(self) -> dict[str, Any]:
         """Every value, nested as in a YAML file."""
@@ -91,7 +91,9 @@ def load_config(name: str | None, overrides: Sequence[str] = (), *, default: boo
     for text in overrides:
         path, value = _parse_override(text)
         _put(values, path, value)
-        given[path] = "--set"
+        # What the file says below the setting is gone with its old value.
+        given = {p: origin for p, origin in given.items() if p[: len(path)] != path}
+        given |= dict.fromkeys(_paths(path, value), "--set")
     if default:
         values.setdefault("lora_config", None)
     if "lora_config" in values and values["lora_config"] is None:  # `lora_config:` with nothing below it
@@ -114,6 +116,13 @@ def _parse_override(text: str) -> tuple[KeyPath, Any]:
     return tuple(key.split(".")), parse_value(value, f"--set {text}")
 
 
+def _paths(path: KeyPath, value: Any) -> Iterator[KeyPath]:
+    yield path
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in below:
+        yield from _paths((*path, key), item)
+
+
 def _put(values: dict[str, Any], path: KeyPath, value: Any) -> None:
     for depth, part in enumerate(path[:-1], 1):
         below = values.get(str(part))
@@ -134,13 +143,13 @@ def _build(values: Mapping[str, Any], given: Mapping[KeyPath, str], source: Yaml
             flat[owners[key]][key] = value
         elif key != "lora_config":
             place = _place(given, (key,), source)
-            faults.append(_unknown_key(place, str(key), [*owners, "lora_config"]))
+            faults.append(_unknown_key(place, str(key), _all_keys()))
     sections: dict[str, Any] = {}
     for name, section in FLAT_SECTIONS.items():
         try:
             sections[name] = section.model_validate(_tuples(flat[name]))
         except ValidationError as error:
-            faults += [_explain(item, section, given, source) for item in error.errors()]
+            faults += _explain(error.errors(), section, given, source)
     sections["method"] = FullMethod()
     if "lora_config" in values:
         lora = values["lora_config"]
@@ -153,7 +162,11 @@ def _build(values: Mapping[str, Any], given: Mapping[KeyPath, str], source: Yaml
             sections["method"] = LoraMethod(lora_config=lora)
         else:
             place = _place(given, ("lora_config",), source)
-            faults.append(ConfigError(place, f"lora_config is {lora!r}, not a group of settings", "see docs"))
+            faults.append(
+                ConfigError(
+                    place, f"lora_config is {_shown(lora)}, not a group of settings", "write `r: 8` below it"
+                )
+            )
     if faults:
         raise _joined(faults)
     return RunConfig.model_construct(**sections)
@@ -173,39 +186,94 @@ def _place(given: Mapping[KeyPath, str], path: KeyPath, source: YamlFile) -> str
     return source.name
 
 
-def _unknown_key(place: str, key: str, known: Sequence[str]) -> ConfigError:
-    near = difflib.get_close_matches(key.rpartition(".")[2], known, 1, cutoff=0.5)
-    remedy = f"closest is {near[0]}" if near else "docs/configuration.md lists every setting"
+def _unknown_key(place: str, key: str, known: Iterable[str]) -> ConfigError:
+    by_last_part = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(key.rpartition(".")[2], by_last_part, 1, cutoff=0.65)
+    remedy = f"closest is {by_last_part[near[0]]}" if near else "docs/configuration.md lists every setting"
     return ConfigError(place, f"no setting {key}", remedy)
 
 
+def _all_keys() -> Iterator[str]:
+    """Dotted names, those at the top last, so that they win where a last part is not unique."""
+    for section in FLAT_SECTIONS.values():
+        yield from _keys_below(section, "")
+    yield from (key for section in FLAT_SECTIONS.values() for key in section.model_fields)
+    yield "lora_config"
+
+
+def _keys_below(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for key in section.model_fields:
+        if (below := _nested(section, key)) is not None:
+            yield from (f"{prefix}{key}.{name}" for name in below.model_fields)
+            yield from _keys_below(below, f"{prefix}{key}.")
+
+
 def _explain(
-    item: Any, section: type[BaseModel], given: Mapping[KeyPath, str], source: YamlFile
-) -> ConfigError:
+    items: Sequence[Any], section: type[BaseModel], given: Mapping[KeyPath, str], source: YamlFile
+) -> list[ConfigError]:
+    faults: list[ConfigError] = []
+    wrong: dict[KeyPath, list[Any]] = {}  # the alternatives of a union are faults of one value
+    located = [(item, *_locate(item, section)) for item in items]
+    for item, path, known in located:
+        dotted = ".".join(map(str, path))
+        if item["type"] == "extra_forbidden":
+            faults.append(_unknown_key(_place(given, path, source), dotted, known))
+        elif item["type"] == "missing":
+            place = _place(given, path, source)
+            remedy = "give every value" if isinstance(path[-1], int) else f"add `{path[-1]}: …`"
+            faults.append(ConfigError(place, f"setting {dotted} is missing", remedy))
+        elif not any(len(other) > len(path) and other[: len(path)] == path for _, other, _ in located):
+            wrong.setdefault(path, []).append(item)
+    return faults + [_wrong_value(_place(given, path, source), path, same) for path, same in wrong.items()]
+
+
+def _locate(item: Any, section: type[BaseModel]) -> tuple[KeyPath, list[str]]:
+    """The path of a fault, and the names known where it lies."""
     # pydantic adds names of union members and of literals to the path; only keys of ours are kept.
     path: list[str | int] = []
-    known: list[str] = list(section.model_fields)
     scope: type[BaseModel] | None = section
-    for part in item["loc"]:
+    known: list[str] = []
+    for depth, part in enumerate(item["loc"], 1):
+        is_stranger = item["type"] == "extra_forbidden" and depth == len(item["loc"])
         if isinstance(part, int):
             path.append(part)
-        elif scope is not None and (part in scope.model_fields or item["type"] == "extra_forbidden"):
+        elif scope is not None and (part in scope.model_fields or is_stranger):
             path.append(part)
             known = list(scope.model_fields)
             scope = _nested(scope, part)
-    place, dotted = _place(given, tuple(path), source), ".".join(map(str, path))
-    if item["type"] == "extra_forbidden":
-        return _unknown_key(place, dotted, known)
-    if item["type"] == "missing":
-        return ConfigError(place, f"setting {dotted} is missing", f"add `{dotted}: …`")
-    wanted = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    wanted = wanted if wanted.startswith(("must", "both")) else f"should be {wanted}"
-    remedy = "write the number without quotes" if _is_quoted_number(item["input"]) else "change the value"
-    return ConfigError(place, f"{dotted} is {item['input']!r}; it {wanted}", remedy)
+    return tuple(path), known
+
+
+def _wrong_value(place: str, path: KeyPath, items: Sequence[Any]) -> ConfigError:
+    wanted = [_wanted(item) for item in items]
+    wish = " or ".join([wanted[0], *(text.removeprefix("should be ") for text in wanted[1:])])
+    dotted, value = ".".join(map(str, path)), items[0]["input"]
+    kinds = {item["type"] for item in items}
+    remedy = "change the value"
+    if kinds & {"int_type", "float_type"} and _is_quoted_number(value):
+        remedy = "write the number without quotes"
+    elif "string_type" in kinds and isinstance(value, bool | int | float):
+        remedy = "put it in quotes"
+    if isinstance(value, dict) and wish.startswith("must"):  # settings that contradict each other
+        return ConfigError(place, f"{dotted} {wish}", "change one of them")
+    return ConfigError(place, f"{dotted} is {_shown(value)}; it {wish}", remedy)
+
+
+def _wanted(item: Any) -> str:
+    ours = {"model_type": "should be a group of settings", "bool_type": "should be true or false"}
+    if item["type"] in ours:
+        return ours[item["type"]]
+    _, should, rest = str(item["msg"]).partition("should ")
+    return should + rest if should else str(item["msg"]).removeprefix("Value error, ")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _is_quoted_number(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value) is not None
+    return isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value) is not None
 
 
 def _nested(scope: type[BaseModel], part: str | int) -> type[BaseModel] | None:

@@ -1,8 +1,16 @@
-"""Names of PEFT's ``LoraConfig`` settings that a ``lora_config`` group may hold.
+"""The settings of a ``lora_config`` group: names and documented defaults.
 
-PEFT itself takes seconds to import, and checking a file must not: hence this list. A test holds it against
-the installed PEFT. Left out are names that PEFT fills in by itself when it saves (base model, version).
+The names are those of PEFT's ``LoraConfig``. PEFT itself takes seconds to import, and checking a file must
+not: hence this list, which a test holds against the installed PEFT. Left out are names that PEFT fills in by
+itself when it saves (base model, version).
 """
+
+from collections.abc import Mapping
+from typing import Any
+
+# What is used where ``lora_config`` leaves a setting out. The target modules depend on the model: all linear
+# layers, the input embeddings and the head.
+LORA_DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 
 LORA_CONFIG_KEYS = (
     "alora_invocation_tokens",

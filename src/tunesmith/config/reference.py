@@ -17,7 +17,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from tunesmith.config.load import DEFAULT_LEARNING_RATE, load_config
-from tunesmith.config.lora_keys import LORA_CONFIG_KEYS
+from tunesmith.config.lora_keys import LORA_CONFIG_KEYS, LORA_DEFAULTS
 from tunesmith.config.reference_text import (
     AFTER_SETTINGS,
     BEFORE_FAULTS,
@@ -29,9 +29,6 @@ from tunesmith.config.reference_text import (
 )
 from tunesmith.config.schema import FLAT_SECTIONS, Section
 from tunesmith.errors import ConfigError
-
-# What ``models/lora.py`` fills in. It imports torch, so a test rather than an import holds the two together.
-LORA_DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 
 _TYPE_NAMES: Mapping[Any, str] = {
     str: "text",

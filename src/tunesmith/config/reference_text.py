@@ -13,9 +13,9 @@ TITLES: Mapping[str, str] = {
 _PROMPT = "generation_config.prompt_format"
 _PROVIDER = "logger.provider_config"
 MEANINGS: Mapping[str, str] = {
-    "initial_base_model_ckpt_path": "other weights for the same base: folder, hub id, or a group with repo_id",
-    "initial_base_model_ckpt_path.repo_id": "hub id of those weights",
-    "initial_adapter_model_ckpt_path": "go on training this adapter, whose own LoRA settings are kept",
+    "initial_base_model_ckpt_path": "other weights of the same base: folder of a model, checkpoint or run, or a hub id",
+    "initial_base_model_ckpt_path.repo_id": "the hub id, written as a group",
+    "initial_adapter_model_ckpt_path": "go on training this adapter: folder of a checkpoint or run",
     "initial_adapter_model_ckpt_path.repo_id": "hub id of the adapter",
     "context_length": "longest row in tokens",
     "embedding_scaling_technique": "what is done where context_length exceeds the model's own",
@@ -27,12 +27,12 @@ MEANINGS: Mapping[str, str] = {
     "generation_config": "how chats become text and where answers end; saved with the model",
     _PROMPT: "replaces the model's own chat template",
     f"{_PROMPT}.system": "a system message",
-    f"{_PROMPT}.user": "a user message",
+    f"{_PROMPT}.user": "a user message; with system_in_user it also has {system}",
     f"{_PROMPT}.assistant": "an assistant message, with what ends the turn",
     f"{_PROMPT}.trailing_assistant": "what the prompt ends with, before the model answers",
     f"{_PROMPT}.bos": "text before the conversation",
     f"{_PROMPT}.default_system_message": "the system text of rows that have none",
-    f"{_PROMPT}.system_in_user": "put the system text inside a user turn",
+    f"{_PROMPT}.system_in_user": "put the filled system string at {system} in a user turn",
     f"{_PROMPT}.system_in_last_user": "into the last user turn instead of the first",
     f"{_PROMPT}.add_system_tags_even_if_message_is_empty": "write the system turn without a text too",
     f"{_PROMPT}.strip_whitespace": "strip each message before it is put in",
@@ -156,7 +156,7 @@ AFTER_SETTINGS = """
 `task_type` is `CAUSAL_LM` unless given. A name in `target_modules` that no layer of the model has is an error which
 lists the names there are. `embed_tokens` and `lm_head` may be targets, on models with tied and untied embeddings; see
 [models](models.md#tied-embeddings). With `initial_adapter_model_ckpt_path` the adapter keeps the settings it was made
-with, and the group only says that this is a LoRA run.
+with; a key of the group that says otherwise is an error.
 
 ## Settings that contradict each other
 
@@ -167,6 +167,10 @@ These are errors, because training would do something other than what was asked:
 - `evaluation` without `valid_path` and without `evaluation.test_path`, or on rows of plain text.
 - `context_length` above the model's own with `embedding_scaling_technique: none`.
 - `precision: bf16` on hardware that only emulates it.
+- `system_in_user` without `{system}` in `user`, or the other way round; `system_in_last_user` without `system_in_user`.
+
+So is a tag that cannot be a folder's name, or storage for a LoRA run that cannot be written: better found out before
+hours of training than after.
 
 These are notices, because a setting merely cannot act:
 
@@ -178,7 +182,8 @@ These are notices, because a setting merely cannot act:
 ## A prompt format of your own
 
 Each template is a text in which `{instruction}` stands exactly once for the message. Write it in double quotes, in
-which YAML reads `\\n` as a line break. A chat with tool messages cannot be rendered by a `prompt_format`.
+which YAML reads `\\n` as a line break. Other braces mean themselves. A chat with tool messages cannot be rendered by a
+`prompt_format`.
 
 ```yaml
 model_id: smollm2-135m-instruct-q4

@@ -6,9 +6,9 @@ reason for that default. ``config/load.py`` puts a file's flat keys into these s
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -26,7 +26,10 @@ def key(default: Any, reason: str) -> Any:
 
 
 class PromptFormat(Section):
-    """LLMForge's ``prompt_format``: one template string a role, ``{instruction}`` being the text."""
+    """LLMForge's ``prompt_format``: one template string a role, ``{instruction}`` being the text.
+
+    With ``system_in_user`` the user's string has ``{system}``, where the filled system string goes.
+    """
 
     system: str = key("{instruction}", "the text alone")
     user: str = key("{instruction}", "the text alone")
@@ -45,6 +48,16 @@ class PromptFormat(Section):
         if value.count("{instruction}") != 1:
             raise ValueError("must contain {instruction} exactly once")
         return value
+
+    @model_validator(mode="after")
+    def _system_has_one_place(self) -> Self:
+        if self.system_in_user and self.user.count("{system}") != 1:
+            raise ValueError("must contain {system} exactly once in user, because system_in_user is true")
+        if not self.system_in_user and "{system}" in self.user:
+            raise ValueError("must not contain {system} in user unless system_in_user is true")
+        if self.system_in_last_user and not self.system_in_user:
+            raise ValueError("must not set system_in_last_user without system_in_user")
+        return self
 
 
 class GenerationConfig(Section):
@@ -95,8 +108,10 @@ class Optimizer(Section):
         (0.9, 0.999), "AdamW's usual values"
     )
     adam_epsilon: Rate = key(1e-8, "AdamW's usual value")
-    weight_decay: Annotated[float, Field(ge=0)] = key(0.0, "short fine-tunings need no decay")
-    max_grad_norm: Annotated[float, Field(ge=0)] = key(
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = key(
+        0.0, "short fine-tunings need no decay"
+    )
+    max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = key(
         1.0, "one bad batch cannot throw the model off; 0: no clipping"
     )
 
@@ -104,7 +119,7 @@ class Optimizer(Section):
     @classmethod
     def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("both must be at least 0 and below 1")
+            raise ValueError("must hold two numbers, each at least 0 and below 1")
         return value
 
 
@@ -114,7 +129,7 @@ class OptimizationSettings(Section):
     num_epochs: PositiveInt | None = key(None, "enough epochs for min_update_steps")
     min_update_steps: PositiveInt = key(100, "fewer steps seldom change a model")
     learning_rate: Rate | None = key(None, "1e-4 for LoRA, 1e-5 for full-parameter")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = key("cosine", "decays to 0 at the last step")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = key("cosine", "falls towards 0 over the run")
     num_warmup_steps: Annotated[int, Field(ge=0)] = key(10, "AdamW's moments need some steps to settle")
     optimizer: Optimizer = key(Optimizer(), "AdamW")
     train_batch_size_per_device: PositiveInt | Literal["auto"] = key("auto", "8 rows a step")
@@ -166,7 +181,7 @@ class ProviderConfig(Section):
 
     project: str | None = key(None, "tunesmith")
     run_name: str | None = key(None, "the run's tag")
-    tracking_uri: str | None = key(None, "MLflow's own default")
+    tracking_uri: str | None = key(None, "MLFLOW_TRACKING_URI, else mlruns in output_dir")
     experiment_name: str | None = key(None, "tunesmith")
     create_experiment_if_not_exists: bool = key(True, "a first run should not fail for want of it")
 

@@ -18,7 +18,11 @@ _MAX_DEPTH = 50
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers and booleans; dates and merges of other kinds stay text."""
+    """SafeLoader with YAML 1.2's numbers and booleans; dates and merge keys (``<<``) stay text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or 1.2 would read as something else."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -31,9 +35,15 @@ for _tag, _pattern, _first in (
         r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
         list("-+0123456789."),
     ),
-    ("merge", r"^(?:<<)$", ["<"]),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # YAML 1.1's further line ends come back as others, unless they are escaped, which only this style does.
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
@@ -42,6 +52,7 @@ def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Dumper.add_representer(str, _represent_text)
 
 
 @dataclass(frozen=True)
@@ -80,32 +91,42 @@ def read_yaml_file(path: Path, name: str) -> YamlFile:
 
 def parse_yaml(text: str, name: str) -> YamlFile:
     """Parse YAML text; ``name`` stands in error messages. Raises ConfigError as ``read_yaml_file``."""
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            raise ConfigError(name, "is empty", "it needs at least model_id and train_path")
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(name, "is not a mapping of settings", "write `key: value` lines")
-        lines: dict[KeyPath, int] = {}
-        _note_lines(node, (), lines, name)
-        values = loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{name}{line}", f"not valid YAML: {error.problem}", "mend this line") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(name, f"not valid YAML: {error}".splitlines()[0], "mend the file") from error
-    finally:
-        loader.dispose()
+    node, values, lines = _parse(text, name)
+    if node is None:
+        raise ConfigError(name, "is empty", "it needs at least model_id and train_path")
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(name, "is not a mapping of settings", "write `key: value` lines")
     return YamlFile(name, values, lines)
 
 
 def parse_value(text: str, name: str) -> Any:
-    """One YAML value, as the right side of ``--set key=value``."""
+    """One YAML value, as the right side of ``--set key=value``. Raises ConfigError as ``read_yaml_file``."""
+    return _parse(text, name)[1]
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """``values`` as text from which ``parse_yaml`` gets them back."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _parse(text: str, name: str) -> tuple[yaml.Node | None, Any, dict[KeyPath, int]]:
+    lines: dict[KeyPath, int] = {}
+    loader = None
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(name, "its value is not valid YAML", "quote it") from error
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, None, lines
+        _note_lines(node, (), lines, name)
+        return node, loader.construct_document(node), lines
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{name}{line}", f"not valid YAML: {error.problem}", "mend this line") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(name, f"not valid YAML: {error}".splitlines()[0], "mend it") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
 
 
 def _note_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name: str) -> None:
@@ -113,8 +134,10 @@ def _note_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name:
         raise ConfigError(name, f"is nested more than {_MAX_DEPTH} levels deep", "flatten it")
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
-            key = str(key_node.value)
             line = key_node.start_mark.line + 1
+            if key_node.tag != "tag:yaml.org,2002:str":
+                raise ConfigError(f"{name} line {line}", "a setting's name is not text", "put it in quotes")
+            key = str(key_node.value)
             if (*path, key) in lines:
                 raise ConfigError(f"{name} line {line}", f"setting {key} is given twice", "keep one")
             lines[(*path, key)] = line

@@ -76,9 +76,9 @@ class ControlTokens:
             text: what the chat template produced.
             messages: where messages stand in it whose control tokens are mere text; empty where no message
                 spells one.
-            prompt_ends: rising places at which the model has been or will be asked to go on. A token across
-                such a border would never be seen when serving, where the prompt is encoded alone; where one
-                would arise, both sides are encoded apart.
+            prompt_ends: rising places at which the model is asked to go on. What stands before such a place
+                is encoded apart from what follows, because serving encodes a prompt alone: joined, a token
+                may lie across the border, or one before it may turn out otherwise.
 
         Returns:
             ids, int32 of shape (n,), and each token's character borders in ``text``, int64 of shape (n, 2).
@@ -87,17 +87,15 @@ class ControlTokens:
         if messages:
             start, going_on, control = self._twin, self._twin_going_on, self._alias_pattern
             text = self._aliased_outside(text, messages)
-        ids, offsets = _encode(start, text)
-        cuts = [end for end in prompt_ends if ((offsets[:, 0] < end) & (offsets[:, 1] > end)).any()]
-        if not cuts:
-            return ids, offsets
-        parts = [(start, 0, cuts[0])]
-        for begin, end in pairwise([*cuts, len(text)]):
+        parts = [(start, 0, min(prompt_ends, default=len(text)))]
+        for begin, end in pairwise([*prompt_ends, len(text)]):
             # Behind a control token the tokenizer starts afresh, as it does in the whole text.
             found = control.search(text, begin, end)
             fresh = found.start() if found else end
             parts += [(going_on, begin, fresh), (start, fresh, end)]
-        encoded = [(_encode(tokenizer, text[begin:end]), begin) for tokenizer, begin, end in parts]
+        encoded = [
+            (_encode(tokenizer, text[begin:end]), begin) for tokenizer, begin, end in parts if begin < end
+        ]
         return (
             np.concatenate([part[0] for part, _ in encoded]),
             np.concatenate([part[1] + begin for part, begin in encoded]),

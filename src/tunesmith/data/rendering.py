@@ -2,8 +2,9 @@
 
 One object renders for training (a whole conversation) and for generation (a prompt), so what is trained is
 what is served. Which tokens are trained is decided on the rendered *text*: the places where the template
-put each message are found, and a token is trained when it overlaps an assistant message or the end-of-turn
-token behind it.
+put each message are found, and a token is trained when it overlaps an assistant message, what the template
+itself says at the start of it, or the end-of-turn token behind it. What stands before an answer is encoded
+apart from it, as when serving.
 
 How the places are found: the template is rendered a second time with an opaque word for each content. That
 yields its fixed text between the contents, against which the real text is laid. A template that rewrites a

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 from tunesmith.data.conversation import Problem, ProblemList, iter_examples
 from tunesmith.data.problems import shorten
 from tunesmith.data.rendering import Renderer, RenderingError, TokenizedExample, TrainOn
-from tunesmith.data.sources import file_digest
+from tunesmith.data.sources import file_digest, resolve_files
 
 # Part of the cache key: raise it whenever rendering or masks change for the same input.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def tokenize_rows(
     """
     sha256 = file_digest(path)
     key = _cache_key(path, sha256, renderer, train_on)
-    if cache_dir is not None and not skip_bad_rows and (found := _load(cache_dir / key, path, sha256)):
-        return found
+    if cache_dir is not None and (found := _load(cache_dir / key, path, sha256)):
+        return found  # whole: only files without a bad row are kept
     rows = _tokenize(path, sha256, renderer, train_on, skip_bad_rows, on_progress)
     if cache_dir is not None and not rows.skipped:
         _store(cache_dir / key, rows)
@@ -156,7 +157,7 @@ def _tokenize(
 
 def _cache_key(path: str, sha256: str, renderer: Renderer, train_on: TrainOn) -> str:
     digest = hashlib.sha256(renderer.identity.encode())
-    digest.update(json.dumps([_FORMAT, path, sha256, train_on.value]).encode())
+    digest.update(json.dumps([_FORMAT, resolve_files(path), sha256, train_on.value]).encode())
     return digest.hexdigest()[:32]
 
 
@@ -165,6 +166,7 @@ _ARRAYS = ("ids", "trained", "starts", "file_numbers", "line_numbers")
 
 def _store(folder: Path, rows: TokenizedRows) -> None:
     # A cache only: where it cannot be written, the run goes on without.
+    temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))
@@ -173,7 +175,8 @@ def _store(folder: Path, rows: TokenizedRows) -> None:
         (temporary / "files.json").write_text(json.dumps(rows.files), encoding="utf-8")
         os.rename(temporary, folder)  # noqa: PTH104 - must fail, not replace, when another process was first
     except OSError:
-        return
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _load(folder: Path, path: str, sha256: str) -> TokenizedRows | None:
@@ -184,6 +187,11 @@ def _load(folder: Path, path: str, sha256: str) -> TokenizedRows | None:
             name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS
         }
         files = tuple(json.loads((folder / "files.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        rows = TokenizedRows(path, sha256, files=files, **arrays)
+        if not len(rows.ids) == len(rows.trained) == rows.starts[-1]:
+            raise ValueError("arrays of different rows")
+    except (OSError, ValueError, EOFError, LookupError):
+        # Torn, as by a power cut: out of the way, so that the rows can be kept again.
+        shutil.rmtree(folder, ignore_errors=True)
         return None
-    return TokenizedRows(path, sha256, files=files, **arrays)
+    return rows

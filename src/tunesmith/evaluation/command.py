@@ -13,6 +13,7 @@ from tunesmith.data.conversation import detect_task
 from tunesmith.data.lengths import fit_to_length
 from tunesmith.data.rendering import TrainOn
 from tunesmith.data.rows import tokenize_rows
+from tunesmith.errors import DataError
 from tunesmith.evaluation.answers import read_questions
 from tunesmith.evaluation.heldout import check_expected
 from tunesmith.evaluation.metrics import metric_named
@@ -21,6 +22,7 @@ from tunesmith.models.batches import packed_batches, padded_batches, prepare_pac
 from tunesmith.models.catalog import cache_dir
 from tunesmith.models.servable import Servable
 from tunesmith.tracking.events import Score
+from tunesmith.tracking.formats import visible
 
 _TOKEN_BUDGET, _ROWS, _EXAMPLES = 2048, 16, 3
 
@@ -60,10 +62,13 @@ def evaluate_model(
         ConfigError, DataError: there is no such metric, or rows break a rule.
     """
     metric_named(metric)
-    limit = int(servable.model.config.max_position_embeddings)
-    train_on = TrainOn(detect_task(data))
+    limit = servable.context_length
+    train_on = _train_on(servable, data)
     rows = tokenize_rows(data, servable.renderer, train_on, cache_dir=cache_dir() / "tokens")
-    rows = fit_to_length(rows, limit, "error")
+    try:
+        rows = fit_to_length(rows, limit, "error")
+    except DataError as error:
+        raise DataError(error.place, error.fault, "leave such rows out") from error
     questions = []
     if train_on is TrainOn.ASSISTANT_TURNS:
         questions = read_questions(data, servable.renderer, max_rows, limit)
@@ -99,6 +104,12 @@ def evaluate_model(
     return Evaluation(servable.name, data, rows.sha256, score, pairs)
 
 
+def _train_on(servable: Servable, data: str) -> TrainOn:
+    # A run that learned whole texts is scored on whole texts, as it scored itself.
+    settings = servable.manifest.config if servable.manifest else {}
+    return TrainOn.ALL_TOKENS if settings.get("task") == TrainOn.ALL_TOKENS else TrainOn(detect_task(data))
+
+
 def print_evaluation(console: Console, result: Evaluation) -> None:
     """The score and the first answers."""
     score = result.score
@@ -116,7 +127,7 @@ def print_evaluation(console: Console, result: Evaluation) -> None:
     for heading in ("prompt", "expected", "answer"):
         table.add_column(heading, overflow="fold", ratio=1)
     for row in result.answered[:_EXAMPLES]:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(visible(text)) for text in row))
     if result.answered:
         console.print(table)
 

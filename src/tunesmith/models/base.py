@@ -46,6 +46,8 @@ def find_base(
     Raises:
         ModelError: it cannot be found, fetched, or is no Hugging Face folder.
     """
+    if not model_id.strip():
+        raise ModelError("model", "its name is empty", "name a catalog model, a folder or a hub id")
     if model_id in CATALOG:
         return BaseFolder(model_id, catalog_folder(model_id, say), None)
     local = Path(model_id).expanduser()
@@ -140,27 +142,47 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what matters in its reports is checked below
     with _as_model_error(base.model_id, "model"):
         config = AutoConfig.from_pretrained(base.path)
         limit = model_limit(base)
-        if context_length and limit and context_length > limit:
-            config.rope_parameters = {
-                **config.rope_parameters,
-                "rope_type": "linear",
-                "factor": context_length / limit,
-            }
-            config.max_position_embeddings = context_length
-        model = AutoModelForCausalLM.from_pretrained(
-            base.path, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
+    if context_length and limit and context_length > limit:
+        config.rope_parameters = _interpolated(config, context_length / limit, base.model_id)
+        config.max_position_embeddings = context_length
+    with _as_model_error(base.model_id, "model"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if found["missing_keys"]:  # transformers would go on with random numbers in their place
+        name = min(found["missing_keys"])
+        raise ModelError(
+            base.model_id, f"its *.safetensors lack {name}", "copy every weight file of the model"
         )
     return model.to(device)
+
+
+def _interpolated(config: Any, ratio: float, place: str) -> dict[str, Any]:
+    """RoPE settings with positions divided by ``ratio``, on top of an earlier linear interpolation."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    if kind not in ("default", "linear"):
+        has = f"{kind} position scaling" if kind else "no plain RoPE positions"
+        raise ModelError(
+            place, f"has {has}, so its context cannot be extended linearly", "lower context_length"
+        )
+    return {**rope, "rope_type": "linear", "factor": float(rope.get("factor") or 1.0) * ratio}
 
 
 @contextmanager
 def _as_model_error(place: str, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # foreign files, and libraries with exceptions of a kind of their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(place, f"its {what} cannot be loaded ({reason})", "check the folder") from error
 

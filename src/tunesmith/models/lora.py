@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunesmith.config.lora_keys import LORA_DEFAULTS
 from tunesmith.errors import ConfigError, ModelError
-
-DOCUMENTED_DEFAULTS: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 
 
 def lora_config(given: Mapping[str, Any], model: Any, place: str) -> Any:
@@ -33,8 +32,14 @@ def lora_config(given: Mapping[str, Any], model: Any, place: str) -> Any:
     """
     from peft import LoraConfig
 
-    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", **DOCUMENTED_DEFAULTS, **given}
-    if not settings.get("target_modules") and not settings.get("target_parameters"):
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", **LORA_DEFAULTS, **given}
+    if settings["task_type"] != "CAUSAL_LM":
+        raise ConfigError(
+            f"{place}.task_type", f"is {settings['task_type']}", "leave it out, or set CAUSAL_LM"
+        )
+    if settings.get("target_modules") == []:
+        raise ConfigError(f"{place}.target_modules", "is empty", "leave it out for all layers, or name some")
+    if settings.get("target_modules") is None and not settings.get("target_parameters"):
         settings["target_modules"] = default_targets(model)
     targets = settings.get("target_modules")
     if isinstance(targets, list | tuple):
@@ -144,10 +149,15 @@ def continue_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
 
 def _check_every_tensor_landed(tuned: Any, folder: Path) -> None:
     from peft.utils import get_peft_model_state_dict
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        saved = set(file.keys())
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            saved = set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            str(folder), f"its adapter cannot be read ({error})", "use another checkpoint"
+        ) from error
     wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     if missing := sorted(wanted - saved):
         raise ModelError(str(folder), f"the adapter lacks {missing[0]}", "it is damaged or of another base")

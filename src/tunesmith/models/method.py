@@ -40,6 +40,17 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in trainable_parameters(model)), sum(p.numel() for p in model.parameters())
 
 
+def base_is_without_adapter(model: Any) -> bool:
+    """Whether a model with its fresh adapter switched off is the base.
+
+    It is not with PiSSA and its kin, which move a part of the base's weights into the adapter.
+    """
+    if not hasattr(model, "peft_config"):
+        return False
+    init = str(model.peft_config[model.active_adapter].init_lora_weights).lower()
+    return not init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+
+
 def save_servable(model: Any, kind: MethodKind, tokenizer: Any, folder: Path, base_name: str) -> None:
     """Write all that serving needs: weights or adapter, tokenizer, chat template, generation settings."""
     if kind == "lora":

@@ -8,9 +8,10 @@ from typing import Any
 from tunesmith.checkpoints.locate import locate_model
 from tunesmith.checkpoints.manifest import MANIFEST_NAME, Manifest, fingerprint_weights, read_manifest, verify
 from tunesmith.data.rendering import Renderer
-from tunesmith.errors import ModelError
+from tunesmith.errors import ConfigError, ModelError
 from tunesmith.models.base import (
     BaseFolder,
+    Precision,
     choose_device,
     choose_dtype,
     find_base,
@@ -19,6 +20,8 @@ from tunesmith.models.base import (
 )
 from tunesmith.models.lora import continue_adapter
 from tunesmith.models.stops import Stops, find_stops
+
+_UNLIMITED = 2**31  # for models whose positions have no end
 
 
 @dataclass(frozen=True)
@@ -34,37 +37,69 @@ class Servable:
     folder: Path
     is_adapter: bool
 
+    @property
+    def context_length(self) -> int:
+        """Most tokens the model reads."""
+        config = self.model.config
+        limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        return int(limit) if limit else _UNLIMITED
 
-def load_servable(reference: str, output_dirs: Sequence[Path], *, base: str | None = None) -> Servable:
+
+def load_servable(
+    reference: str, output_dirs: Sequence[Path], *, base: str | None = None, precision: Precision = "auto"
+) -> Servable:
     """Load what ``reference`` names.
 
     Args:
         reference: a run, tag or checkpoint folder; else a base model's catalog name, folder or hub id.
         output_dirs: where runs and tags are looked for.
         base: where an adapter's base is, if its own record of it does not lead there.
+        precision: of the weights in memory.
 
     Raises:
+        ConfigError: ``base`` is given for what is no adapter.
         ModelError: it cannot be found, is damaged, or is an adapter of another base.
         CheckpointError: a file is not the one that was saved.
     """
     folder = locate_model(reference, output_dirs)
+    is_adapter = folder is not None and (folder / "adapter_config.json").is_file()
+    if base is not None and not is_adapter:
+        raise ConfigError("--base", f"has no effect: {reference} is no adapter", "leave it out")
     if folder is None:
-        return _load(reference, find_base(reference), None, None)
-    manifest = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
-    if manifest is not None:
-        verify(folder)
-    if not (folder / "adapter_config.json").is_file():
-        return _load(reference, BaseFolder(reference, folder, None), None, manifest)
+        return _load(reference, find_base(reference), None, None, precision)
+    manifest = verified_manifest(folder)
+    if not is_adapter:
+        return _load(reference, BaseFolder(reference, folder, None), None, manifest, precision)
     source = base or (manifest.base.source if manifest else _recorded_base(folder))
-    found = find_base(source)
+    try:
+        found = find_base(source)
+    except ModelError as error:
+        if base is not None:
+            raise
+        fault = f"its base cannot be used ({error})"
+        raise ModelError(reference, fault, "say where that base is with --base") from error
     if manifest is not None:
-        _check_base(reference, manifest, found)
-    return _load(reference, found, folder, manifest)
+        check_base(reference, manifest, found)
+    return _load(reference, found, folder, manifest, precision)
 
 
-def _load(name: str, base: BaseFolder, adapter: Path | None, manifest: Manifest | None) -> Servable:
+def verified_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a checkpoint, every file of which is as it was saved; None for those of other tools.
+
+    Raises:
+        CheckpointError: naming a file that is missing or changed.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        return None
+    verify(folder)
+    return read_manifest(folder)
+
+
+def _load(
+    name: str, base: BaseFolder, adapter: Path | None, manifest: Manifest | None, precision: Precision
+) -> Servable:
     device = choose_device()
-    dtype, _ = choose_dtype("auto", device)
+    dtype, _ = choose_dtype(precision, device)
     # The checkpoint's own tokenizer and template: what was trained is what is used.
     tokenizer = load_tokenizer(BaseFolder(name, adapter, None) if adapter else base)
     context_length = manifest.config.get("context_length") if manifest else None
@@ -97,7 +132,8 @@ def _recorded_base(folder: Path) -> str:
     return str(name)
 
 
-def _check_base(reference: str, manifest: Manifest, base: BaseFolder) -> None:
+def check_base(reference: str, manifest: Manifest, base: BaseFolder) -> None:
+    """Raise ModelError unless ``base`` holds the very weights that an adapter was trained on."""
     _, fingerprint = fingerprint_weights(base.weight_files)
     if fingerprint != manifest.base.fingerprint:
         raise ModelError(

@@ -24,6 +24,24 @@ class StopRequest:
 
 
 @contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM does what Ctrl-C does: it raises KeyboardInterrupt."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: somebody else decides about signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Within the block SIGINT and SIGTERM set the request instead of ending the process."""
     request = StopRequest()

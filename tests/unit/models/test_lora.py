@@ -102,6 +102,12 @@ def test_a_target_that_matches_nothing_is_an_error_that_lists_what_exists():
     assert "down_proj" in text
 
 
+@pytest.mark.parametrize("given", [{"target_modules": []}, {"task_type": "SEQ_CLS"}])
+def test_settings_that_would_train_something_else_are_refused(given: dict):
+    with pytest.raises(ConfigError, match=next(iter(given))):
+        lora_config(given, tiny_model(), "my.yaml line 3: lora_config")
+
+
 def test_what_peft_refuses_is_an_error_of_ours():
     with pytest.raises(ConfigError, match="PEFT"):
         lora_config({"target_modules": ".*q_proj", "layers_to_transform": [1]}, tiny_model(), "x")

@@ -1,0 +1,89 @@
+"""Where training starts, if not at the model's own weights: another checkpoint, or an adapter to continue."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunesmith.checkpoints.locate import locate_model
+from tunesmith.config.schema import ModelSettings, RepoId
+from tunesmith.errors import ConfigError, ModelError
+from tunesmith.models.base import BaseFolder, fetch_from_hub
+from tunesmith.models.servable import check_base, verified_manifest
+
+_ADAPTER_FILES = ["*.json", "*.jinja", "adapter_model.safetensors"]
+
+
+def weights_id(settings: ModelSettings) -> str:
+    """Where the base weights come from: the model itself, or a checkpoint or run folder in its place.
+
+    Raises:
+        ModelError: it is a URL, or a run without a checkpoint.
+        CheckpointError: a file of the checkpoint is not the one that was saved.
+    """
+    start = settings.initial_base_model_ckpt_path
+    if start is None:
+        return settings.model_id
+    if isinstance(start, RepoId):
+        return start.repo_id
+    _refuse_url(start)
+    folder = locate_model(start, [])
+    if folder is not None:
+        verified_manifest(folder)
+    return start if folder is None else str(folder)
+
+
+def adapter_to_continue(
+    start: str | RepoId, base: BaseFolder, lora_config: Mapping[str, Any], place: str
+) -> Path:
+    """The folder of the adapter that is trained on: a checkpoint, a run (its best one), or from the hub.
+
+    Args:
+        start: as the configuration names it.
+        base: the base model of this run.
+        lora_config: the file's, which must not ask for another adapter than this one.
+        place: where ``lora_config`` stands, for errors.
+
+    Raises:
+        ModelError: there is no such adapter, or it was trained on other base weights.
+        CheckpointError: a file is not the one that was saved.
+        ConfigError: ``lora_config`` has another value than the adapter.
+    """
+    if isinstance(start, RepoId):
+        folder = fetch_from_hub(start.repo_id, _ADAPTER_FILES).path
+    else:
+        _refuse_url(start)
+        local = Path(start).expanduser()
+        if not local.is_dir():
+            raise ModelError(start, "no such adapter folder", "check initial_adapter_model_ckpt_path")
+        folder = locate_model(start, []) or local
+    manifest = verified_manifest(folder)
+    if manifest is not None:
+        check_base(str(start), manifest, base)
+    _refuse_other_settings(folder, lora_config, place)
+    return folder
+
+
+def _refuse_url(start: str) -> None:
+    if "://" in start:
+        raise ModelError(start, "checkpoints are not read from URLs", "copy the folder to this machine")
+
+
+def _refuse_other_settings(folder: Path, lora_config: Mapping[str, Any], place: str) -> None:
+    from peft import PeftConfig
+
+    if not (folder / "adapter_config.json").is_file():
+        return  # told apart, with a better message, when the adapter is loaded
+    saved = PeftConfig.from_pretrained(str(folder))
+    for key, value in lora_config.items():
+        has = getattr(saved, key, None)
+        if _comparable(value) != _comparable(has):
+            raise ConfigError(
+                place, f"lora_config.{key} is {value}, the adapter has {has}", "leave it out or start afresh"
+            )
+
+
+def _comparable(value: Any) -> Any:
+    # Target names are kept as a set, and enumerations by their value.
+    if isinstance(value, list | tuple | set):
+        return sorted(map(str, value))
+    return getattr(value, "value", value)
