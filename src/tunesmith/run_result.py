@@ -1,6 +1,10 @@
 """What a run hands on at its end: the report files, and the copy that a server finds."""
 
+import os
 import shlex
+import shutil
+import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -36,4 +40,13 @@ def forward_best(run: Run, record: RunRecord, console: Console) -> None:
         note = f"Note: LoRA weights will also be stored in path {path} under {tag} bucket."
         console.print(Text(note), soft_wrap=True)
     console.print(Text(f"Report: {run.folder / 'report.md'}"), soft_wrap=True)
-    console.print(Text(f"Chat with it: tunesmith chat {shlex.quote(run.tag)}"), style="bold", soft_wrap=True)
+    chat = _chat_command(run.tag, run.config.output.output_dir)
+    console.print(Text(f"Chat with it: {chat}"), style="bold", soft_wrap=True)
+
+
+def _chat_command(tag: str, output_dir: str) -> str:
+    """A line that works when pasted: where the command is not on the path, it is named by its place."""
+    beside = Path(sys.executable).with_name("tunesmith")
+    command = "tunesmith" if shutil.which("tunesmith") else os.path.relpath(beside)
+    where = [] if Path(output_dir) == Path("outputs") else ["--output-dir", output_dir]
+    return shlex.join([command, "chat", tag, *where])
