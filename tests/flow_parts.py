@@ -86,3 +86,27 @@ def start(*arguments: str, module: bool = True, **environ: str) -> subprocess.Po
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
     )  # fmt: skip
+
+
+def refused(capfd, arguments: list[str], code: int = 2, lines: int = 1) -> str:
+    """What a command that must fail says: ``lines`` lines on standard error and no traceback anywhere."""
+    capfd.readouterr()
+    assert main(arguments) == code
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    assert err.startswith("Error: "), err
+    assert len(err.splitlines()) == lines, err
+    return err
+
+
+def refused_run(
+    capfd, folder: Path, model: Path, rows: Path, *arguments: str, code: int = 2, lines: int = 1, **changed
+):
+    """``refused`` for a fine-tuning; before exit code 3 nothing may have been written."""
+    config = write_config(folder / "config.yaml", settings_for(folder, model, rows, **changed))
+    err = refused(capfd, ["finetune", str(config), *arguments], code, lines)
+    if code == 2:
+        left = [path for path in (folder / "outputs").rglob("*") if path.is_file()]
+        assert left == []
+        assert runs_in(folder / "outputs") == set()
+    return err

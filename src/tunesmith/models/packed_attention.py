@@ -45,7 +45,7 @@ def attend(
         Shape (1, tokens, heads, head size), and no attention weights.
 
     Raises:
-        NotImplementedError: an argument that would change the result, such as soft-capping of scores.
+        TypeError: an argument that would change the result, such as soft-capping of scores.
     """
     if packing is None:
         others["sliding_window"] = sliding_window
@@ -55,7 +55,7 @@ def attend(
         return output, None
     for name in ("softcap", "s_aux", "position_bias"):
         if others.get(name) is not None:
-            raise NotImplementedError(f"{name} in attention")
+            raise TypeError(f"packed attention has no {name}")
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}

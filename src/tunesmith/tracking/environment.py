@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,8 @@ def seconds_since_process_start() -> float:
 
 
 def _processor() -> str:
-    try:
+    with suppress(OSError):  # Linux only; elsewhere Python's own word has to do
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or "unknown"

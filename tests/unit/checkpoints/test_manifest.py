@@ -145,7 +145,7 @@ def test_any_flipped_byte_is_read_or_refused_never_a_crash(tmp_path, tools, data
 
 
 def test_untouched_checkpoint_verifies(checkpoint):
-    verify(checkpoint)
+    assert verify(checkpoint) is None
 
 
 @pytest.mark.parametrize(
