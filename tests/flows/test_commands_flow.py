@@ -132,6 +132,7 @@ def test_merged_folder_loads_in_plain_transformers_with_the_unmerged_logits(tmp_
     base = tiny_models.save_tiny_model(tmp_path / "tiny", tied=tied)
     run = finetune(tmp_path, base, rows, lora_config={}, num_epochs=2)  # embed_tokens and lm_head too
     folder = tmp_path / "merged"
+    capsys.readouterr()  # what making the tiny model printed
     assert main(["merge", str(run), "-o", str(folder)]) == 0
     out, err = capsys.readouterr()
     assert err == ""

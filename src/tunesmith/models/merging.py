@@ -10,6 +10,9 @@ from tunesmith.errors import CheckpointError
 from tunesmith.models.lora import merge
 
 TOLERANCE = 1e-4
+# Up to here both sides are computed in float64, from float32 weights: what is compared is then the merged weights,
+# not the rounding of two long sums. Beyond it that would take too much memory.
+_WIDE_PARAMETERS = 2_000_000_000
 
 
 def merge_verified(model: Any, prompts: Sequence[Sequence[int]], place: str) -> tuple[Any, float]:
@@ -26,8 +29,13 @@ def merge_verified(model: Any, prompts: Sequence[Sequence[int]], place: str) -> 
     Raises:
         CheckpointError: the difference exceeds 1e-4.
     """
+    wide = sum(parameter.numel() for parameter in model.parameters()) <= _WIDE_PARAMETERS
+    if wide:
+        model.double()
     before = [_logits(model, prompt) for prompt in prompts]
-    merged = merge(model)
+    merged = merge(model).float()  # as it will be saved
+    if wide:
+        merged.double()
     difference = max(
         float((_logits(merged, prompt) - old).abs().max())
         for prompt, old in zip(prompts, before, strict=True)
@@ -38,7 +46,7 @@ def merge_verified(model: Any, prompts: Sequence[Sequence[int]], place: str) -> 
             f"merged and unmerged logits differ by up to {difference:.2e}, more than {TOLERANCE:g}",
             "nothing was written; serve the adapter unmerged",
         )
-    return merged, difference
+    return merged.float(), difference
 
 
 def save_merged(merged: Any, tokenizer: Any, generation_config: Any, folder: Path) -> None:
@@ -53,4 +61,4 @@ def _logits(model: Any, prompt: Sequence[int]) -> torch.Tensor:
     device = next(model.parameters()).device
     with torch.inference_mode():
         logits: torch.Tensor = model(torch.tensor([list(prompt)], device=device), use_cache=False).logits
-    return logits.float()
+    return logits
