@@ -28,7 +28,7 @@ from tunesmith.models.base import (
     load_tokenizer,
     model_limit,
 )
-from tunesmith.models.batches import MicroBatches, packed_batches, padded_batches, prepare_packing
+from tunesmith.models.batches import MicroBatches, micro_batches, prepare_packing
 from tunesmith.models.catalog import cache_dir
 from tunesmith.models.method import prepare_full, prepare_lora, set_generation_defaults
 from tunesmith.models.stops import Stops, find_stops
@@ -289,14 +289,8 @@ def _micro_batches(
     device = next(model.parameters()).device
     eval_rows = DEFAULT_EVAL_ROWS if eval_batch == "auto" else eval_batch
     packs, reason = prepare_packing(model, rows, pad_token_id)
-    if packs:
-        return (
-            packed_batches(TRAIN_TOKEN_BUDGET, device),
-            packed_batches(EVAL_TOKEN_BUDGET, device, eval_rows),
-            reason,
-        )
     return (
-        padded_batches(TRAIN_TOKEN_BUDGET, pad_token_id, device),
-        padded_batches(EVAL_TOKEN_BUDGET, pad_token_id, device, eval_rows),
+        micro_batches(packs, TRAIN_TOKEN_BUDGET, pad_token_id, device),
+        micro_batches(packs, EVAL_TOKEN_BUDGET, pad_token_id, device, eval_rows),
         reason,
     )

@@ -13,9 +13,10 @@ from typing import Literal
 from rich.console import Console
 
 from tunesmith.assembly import assemble
-from tunesmith.checkpoints.manifest import FORMAT, FileStamp, Manifest
+from tunesmith.checkpoints.manifest import FORMAT, FileStamp, Manifest, read_manifest
 from tunesmith.config.load import LoadedConfig
 from tunesmith.errors import Interrupted, NonFiniteError, TunesmithError
+from tunesmith.evaluation.heldout import perplexity
 from tunesmith.evaluation.score import HeldOut, score_heldout
 from tunesmith.models.lora import without_fresh_adapter
 from tunesmith.models.method import base_is_without_adapter, restore, save_servable, trainable_parameters
@@ -107,14 +108,22 @@ def _carry_out(run: Run, totals: Totals) -> RunRecord:
         raise Interrupted(str(run.folder), f"{stop.signal_name} after step {totals.steps}", _kept(run))
     samples: tuple[SampleAnswer, ...] = ()
     if heldout:
-        best = run.store.best()
-        if best is not None and best.step != totals.steps:
-            restore(run.parts.model, run.parts.kind, best.path)
-        totals.after, after = _score(run, heldout, "After")
+        totals.after, after = _score_best(run, totals, heldout)
         samples = make_samples(heldout.questions, before, after)
     record = make_record(run, totals, "finished", samples)
     run.track.emit(RunFinished(record))
     return record
+
+
+def _score_best(run: Run, totals: Totals, heldout: HeldOut) -> tuple[Score, list[str]]:
+    best = run.store.best()
+    loss = read_manifest(best.path).eval_loss if best else None
+    if loss is not None and heldout is run.parts.valid and not heldout.questions:
+        # The checkpoint schedule has taken this very loss of these very weights.
+        return Score(len(heldout.rows), loss, perplexity(loss)), []
+    if best is not None and best.step != totals.steps:
+        restore(run.parts.model, run.parts.kind, best.path)
+    return _score(run, heldout, "After")
 
 
 def _kept(run: Run) -> str:

@@ -18,7 +18,7 @@ from tunesmith.evaluation.answers import read_questions
 from tunesmith.evaluation.heldout import check_expected
 from tunesmith.evaluation.metrics import metric_named
 from tunesmith.evaluation.score import HeldOut, score_heldout
-from tunesmith.models.batches import packed_batches, padded_batches, prepare_packing
+from tunesmith.models.batches import micro_batches, prepare_packing
 from tunesmith.models.catalog import cache_dir
 from tunesmith.models.servable import Servable
 from tunesmith.tracking.events import Score
@@ -76,11 +76,6 @@ def evaluate_model(
     pad = servable.stops.token_ids[0]
     device = next(servable.model.parameters()).device
     packs, _ = prepare_packing(servable.model, rows, pad)
-    micro_batches = (
-        packed_batches(_TOKEN_BUDGET, device, _ROWS)
-        if packs
-        else padded_batches(_TOKEN_BUDGET, pad, device, _ROWS)
-    )
     with _progress(console) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -94,7 +89,7 @@ def evaluate_model(
             servable.tokenizer,
             HeldOut(rows, questions, metric if questions else None, max_new_tokens),
             servable.stops,
-            micro_batches=micro_batches,
+            micro_batches=micro_batches(packs, _TOKEN_BUDGET, pad, device, _ROWS),
             seed=0,
             autocast=None,
             label=servable.name,

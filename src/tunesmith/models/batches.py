@@ -37,6 +37,15 @@ def padded_batches(
     return batches
 
 
+def micro_batches(
+    packs: bool, token_budget: int, pad_token_id: int, device: torch.device, most_rows: int | None = None
+) -> MicroBatches:
+    """Packed or padded micro-batches, as ``prepare_packing`` found the model to compute."""
+    if packs:
+        return packed_batches(token_budget, device, most_rows)
+    return padded_batches(token_budget, pad_token_id, device, most_rows)
+
+
 def prepare_packing(model: Any, rows: TokenizedRows, pad_token_id: int) -> tuple[bool, str]:
     """Whether this model computes packed rows, and why, for people. If so, it is left ready to.
 
