@@ -12,7 +12,7 @@ from tunesmith.data.conversation import detect_task
 from tunesmith.data.lengths import fit_to_length
 from tunesmith.data.prompt_format import chat_template
 from tunesmith.data.rendering import Renderer, TrainOn
-from tunesmith.data.rows import TokenizedRows, tokenize_rows
+from tunesmith.data.rows import tokenize_rows
 from tunesmith.data.splits import Splits, choose_context_length, load_splits
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.evaluation.answers import read_questions
@@ -31,6 +31,7 @@ from tunesmith.models.base import (
 from tunesmith.models.batches import MicroBatches, micro_batches, prepare_packing
 from tunesmith.models.catalog import cache_dir
 from tunesmith.models.method import prepare_full, prepare_lora, set_generation_defaults
+from tunesmith.models.passes import Passes, choose_passes
 from tunesmith.models.stops import Stops, find_stops
 from tunesmith.starting_points import adapter_to_continue, weights_id
 from tunesmith.training.schedule import StepPlan, plan_steps
@@ -39,7 +40,7 @@ DEFAULT_TRAIN_ROWS = 8
 DEFAULT_EVAL_ROWS = 16
 # Computed tokens in a micro-batch: enough to keep the matrix products of a CPU efficient. At this size runs of the
 # default model peaked at 3.5 GB (example data) and 4.2 GB (viggo).
-TRAIN_TOKEN_BUDGET = 768
+TRAIN_TOKEN_BUDGET = 1408
 EVAL_TOKEN_BUDGET = 2048
 Say = Callable[[str], None]
 
@@ -68,7 +69,8 @@ class Assembly:
     peak_rate: float
     heldout: HeldOut | None  # scored before and after
     valid: HeldOut | None  # scored on the checkpoint schedule
-    autocast: torch.dtype | None
+    passes: Passes
+    passes_reason: str
     dtype_reason: str
     train_batches: MicroBatches
     eval_batches: MicroBatches
@@ -145,8 +147,10 @@ def assemble(loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say) -> Assembly
         config.data.generation_config.stopping_sequences,
     )
     set_generation_defaults(model, list(stops.token_ids), list(stops.strings))
-    train_batches, eval_batches, batches_reason = _micro_batches(
-        model, fitted.train, stops.token_ids[0], config.checkpoints.eval_batch_size_per_device
+    packs, batches_reason = prepare_packing(model, fitted.train, stops.token_ids[0])
+    passes, passes_reason = choose_passes(model, fitted.train, packs=packs, autocast=autocast)
+    train_batches, eval_batches = _micro_batches(
+        packs, stops.token_ids[0], choose_device(), config.checkpoints.eval_batch_size_per_device
     )
     return Assembly(
         text=TextParts(
@@ -159,7 +163,8 @@ def assemble(loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say) -> Assembly
         peak_rate=optimization.learning_rate or DEFAULT_LEARNING_RATE[kind],
         heldout=heldout,
         valid=valid,
-        autocast=autocast,
+        passes=passes,
+        passes_reason=passes_reason,
         dtype_reason=dtype_reason,
         train_batches=train_batches,
         eval_batches=eval_batches,
@@ -284,13 +289,10 @@ def _load(
 
 
 def _micro_batches(
-    model: Any, rows: TokenizedRows, pad_token_id: int, eval_batch: int | Literal["auto"]
-) -> tuple[MicroBatches, MicroBatches, str]:
-    device = next(model.parameters()).device
+    packs: bool, pad_token_id: int, device: torch.device, eval_batch: int | Literal["auto"]
+) -> tuple[MicroBatches, MicroBatches]:
     eval_rows = DEFAULT_EVAL_ROWS if eval_batch == "auto" else eval_batch
-    packs, reason = prepare_packing(model, rows, pad_token_id)
     return (
         micro_batches(packs, TRAIN_TOKEN_BUDGET, pad_token_id, device),
         micro_batches(packs, EVAL_TOKEN_BUDGET, pad_token_id, device, eval_rows),
-        reason,
     )

@@ -141,7 +141,7 @@ def _train(run: Run, totals: Totals, stop: StopRequest) -> None:
         weight_decay=settings.optimizer.weight_decay,
     )
     steps = train_steps(
-        parts.model,
+        parts.passes,
         parameters,
         parts.text.splits.train,
         parts.plan,
@@ -157,7 +157,6 @@ def _train(run: Run, totals: Totals, stop: StopRequest) -> None:
         micro_batches=parts.train_batches,
         seed=settings.seed,
         started=run.started,
-        autocast=parts.autocast,
     )
     totals.seconds_to_first_step = seconds_since_process_start()
     try:
@@ -262,12 +261,12 @@ def _score(
 
     return score_heldout(
         run.parts.model,
+        run.parts.passes,
         run.parts.text.tokenizer,
         heldout,
         run.parts.stops,
         micro_batches=run.parts.eval_batches,
         seed=run.config.optimization.seed,
-        autocast=run.parts.autocast,
         label=label,
         on_progress=show,
     )

@@ -104,6 +104,7 @@ def run_started(run: Run) -> RunStarted:
         "Learning rate": f"{parts.peak_rate:g}, {config.optimization.lr_scheduler_type}",
         "Precision": parts.dtype_reason,
         "Micro-batches": parts.batches_reason,
+        "Gradients": parts.passes_reason,
         "Run folder": str(run.folder),
     }
     return RunStarted(

@@ -20,6 +20,7 @@ from tunesmith.evaluation.metrics import metric_named
 from tunesmith.evaluation.score import HeldOut, score_heldout
 from tunesmith.models.batches import micro_batches, prepare_packing
 from tunesmith.models.catalog import cache_dir
+from tunesmith.models.passes import choose_passes
 from tunesmith.models.servable import Servable
 from tunesmith.tracking.events import Score
 from tunesmith.tracking.formats import visible
@@ -76,6 +77,7 @@ def evaluate_model(
     pad = servable.stops.token_ids[0]
     device = next(servable.model.parameters()).device
     packs, _ = prepare_packing(servable.model, rows, pad)
+    passes, _ = choose_passes(servable.model, rows, packs=packs, autocast=None)
     with _progress(console) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -86,12 +88,12 @@ def evaluate_model(
 
         score, answers = score_heldout(
             servable.model,
+            passes,
             servable.tokenizer,
             HeldOut(rows, questions, metric if questions else None, max_new_tokens),
             servable.stops,
             micro_batches=micro_batches(packs, _TOKEN_BUDGET, pad, device, _ROWS),
             seed=0,
-            autocast=None,
             label=servable.name,
             on_progress=show,
         )

@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.evaluation.answers import Question, greedy_answers
 from tunesmith.evaluation.heldout import perplexity, score_answers
 from tunesmith.evaluation.row_loss import row_loss
 from tunesmith.models.batches import MicroBatches
+from tunesmith.models.passes import Passes
 from tunesmith.models.stops import Stops
 from tunesmith.tracking.events import Score
 
@@ -29,28 +28,28 @@ class HeldOut:
 
 def score_heldout(
     model: Any,
+    passes: Passes,
     tokenizer: Any,
     heldout: HeldOut,
     stops: Stops,
     *,
     micro_batches: MicroBatches,
     seed: int,
-    autocast: torch.dtype | None,
     label: str,
     on_progress: OnProgress,
 ) -> tuple[Score, list[str]]:
     """Score a model, and give its answers to ``heldout.questions``.
 
     Args:
+        passes: computes losses of ``model``.
         micro_batches: how rows are cut when the loss is taken.
         seed: of the bootstrap, where the metric needs one.
         label, on_progress: ``on_progress(f"{label}: loss", done, total)``.
     """
     loss = row_loss(
-        model,
+        passes,
         heldout.rows,
         micro_batches=micro_batches,
-        autocast=autocast,
         on_progress=lambda done, total: on_progress(f"{label}: loss", done, total),
     )
     base = Score(len(heldout.rows), loss, perplexity(loss))

@@ -9,7 +9,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -17,13 +16,13 @@ from tunesmith.data.order import step_rows, stream_seed
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.batches import MicroBatches
-from tunesmith.models.loss import loss_sum
+from tunesmith.models.passes import Passes
 from tunesmith.tracking.events import StepEvent
 from tunesmith.training.schedule import StepPlan
 
 
 def train_steps(
-    model: Any,
+    passes: Passes,
     parameters: Sequence[torch.nn.Parameter],
     rows: TokenizedRows,
     plan: StepPlan,
@@ -34,15 +33,13 @@ def train_steps(
     micro_batches: MicroBatches,
     seed: int,
     started: float,
-    autocast: torch.dtype | None = None,
     flops_per_token: Callable[[int, int], float] | None = None,
     peak_flops: float | None = None,
 ) -> Iterator[StepEvent]:
     """Train, yielding after each optimizer step.
 
     Args:
-        model: a Hugging Face causal LM, or PEFT around one; left in whatever mode the caller's code between
-            steps needs, set to training at the start of each step.
+        passes: computes losses and gradients of the model.
         parameters: the tensors that are trained.
         rows: the training rows.
         plan: epochs and rows per step.
@@ -52,7 +49,6 @@ def train_steps(
         micro_batches: how the rows of a step are cut; changes memory and speed, never the result.
         seed: order of rows and dropout.
         started: ``time.perf_counter()`` at the start of the run, for ``time_total_s``.
-        autocast: compute dtype of matrix products; None: that of the weights.
         flops_per_token, peak_flops: for the model FLOPs utilisation; (real, trained) tokens -> FLOPs.
 
     Raises:
@@ -64,19 +60,15 @@ def train_steps(
         for chosen in step_rows(len(rows), plan.rows_per_step, seed, epoch):
             step += 1
             begun = time.perf_counter()
-            model.train()
             trained_tokens = int(counts[chosen].sum())
             total, forward_time, backward_time = 0.0, 0.0, 0.0
             for number, batch in enumerate(micro_batches(rows, chosen)):
                 torch.manual_seed(stream_seed(seed, "dropout", step, number))
-                before = time.perf_counter()
-                loss = loss_sum(model, batch, autocast)
-                total += float(loss.total.detach())
-                between = time.perf_counter()
                 # Divided here by the count of the whole step, gradients simply add up to the step's mean.
-                (loss.total / trained_tokens).backward()
-                forward_time += between - before
-                backward_time += time.perf_counter() - between
+                done = passes.train(batch, 1 / trained_tokens)
+                total += done.total
+                forward_time += done.forward_seconds
+                backward_time += done.backward_seconds
             norm = _clip(parameters, max_grad_norm)
             if not (math.isfinite(total) and math.isfinite(norm)):
                 optimizer.zero_grad(set_to_none=True)

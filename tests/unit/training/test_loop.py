@@ -13,6 +13,7 @@ from tunesmith.data.order import step_rows
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.batches import MicroBatches, packed_batches, padded_batches, prepare_packing
+from tunesmith.models.passes import AutogradPasses
 from tunesmith.tracking.events import StepEvent
 from tunesmith.training.loop import train_steps
 from tunesmith.training.optim import adamw
@@ -49,7 +50,7 @@ def run(
     optimizer = adamw(parameters, betas=(0.9, 0.99), epsilon=1e-8, weight_decay=0.1)
     return list(
         train_steps(
-            model,
+            AutogradPasses(model),
             parameters,
             rows,
             plan_steps(len(rows), 3, epochs, 1),

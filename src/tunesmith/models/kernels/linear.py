@@ -1,0 +1,151 @@
+"""Linear layers that read the same input, with LoRA, as products on flat lists of tokens.
+
+y_i = x W_i' + c_i (m * x) A_i' B_i' for each layer i of a group (Hu et al. 2021, arXiv:2106.09685), m a dropout mask
+and c_i = alpha / (r (1 - p)). Layers of a group share the product with their stacked A, and so one mask m, where PEFT
+draws one for each: every layer sees the same distribution. Gradients, with dz_i = c_i dy_i B_i:
+
+dx = sum dy_i W_i + m * (dz A),  dA = dz' (m * x),  dB_i = c_i dy_i' z_i,  dW_i = dy_i' x.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tunesmith.models.kernels.norm import add_gradient
+from tunesmith.models.kernels.scratch import Scratch
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """``a`` (r, in), ``b`` (out, r); ``scale`` alpha / r; ``dropout`` the probability to fall."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``weight`` (out, in), ``bias`` (out,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    adapter: Adapter | None = None
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """What the backward pass needs: ``dropped`` places of the flat input; ``z`` (tokens, sum of r)."""
+
+    dropped: torch.Tensor | None
+    z: torch.Tensor | None
+
+
+def adapter_dropout(group: Sequence[Linear]) -> float:
+    """The dropout probability of the group's adapters; 0 without any."""
+    return max((layer.adapter.dropout for layer in group if layer.adapter), default=0.0)
+
+
+def project(
+    x: torch.Tensor, group: Sequence[Linear], outs: Sequence[torch.Tensor], dropped: torch.Tensor | None,
+    scratch: Scratch, *, add: bool = False,
+) -> AdapterState:  # fmt: skip
+    """Write each layer's output into its ``out``, or add it to what is there.
+
+    Args:
+        x: shape (tokens, in), contiguous.
+        outs: one a layer, shape (tokens, out), rows contiguous in themselves.
+        dropped: places of the flat ``x`` that the adapters do not see, from ``draw_dropped``; None: no dropout.
+        add: add to ``outs``, as for a residual.
+    """
+    for layer, out in zip(group, outs, strict=True):
+        weight = layer.weight.detach().t()
+        if add:
+            out.addmm_(x, weight)
+        else:
+            torch.mm(x, weight, out=out)
+        if layer.bias is not None:
+            out.add_(layer.bias.detach())
+    adapted = [(layer.adapter, out) for layer, out in zip(group, outs, strict=True) if layer.adapter]
+    if not adapted:
+        return AdapterState(dropped, None)
+    stacked = _stack([adapter for adapter, _ in adapted])
+    z = torch.mm(_without(x, dropped, scratch), stacked.t())
+    for (adapter, out), part in zip(adapted, _parts(z, adapted), strict=True):
+        out.addmm_(part, adapter.b.detach().t(), alpha=_factor(adapter, dropped))
+    return AdapterState(dropped, z)
+
+
+def project_backward(
+    dys: Sequence[torch.Tensor], x: torch.Tensor, group: Sequence[Linear], state: AdapterState, scratch: Scratch,
+    dx: torch.Tensor | None, *, scale: float = 1.0,
+) -> None:  # fmt: skip
+    """Write the gradient of ``x`` into ``dx`` (None: not wanted) and add to ``.grad`` of what is trained.
+
+    ``scale`` multiplies the outputs' gradients ``dys``, which are left as they are.
+    """
+    for number, (layer, dy) in enumerate(zip(group, dys, strict=True)):
+        if dx is not None:
+            dx.addmm_(dy, layer.weight.detach(), beta=1 if number else 0, alpha=scale)
+        if layer.weight.requires_grad:
+            add_product(layer.weight, dy.t(), x, scale)
+        if layer.bias is not None and layer.bias.requires_grad:
+            add_gradient(layer.bias, dy.sum(0).mul_(scale))
+    adapted = [(layer.adapter, dy) for layer, dy in zip(group, dys, strict=True) if layer.adapter]
+    if state.z is None or not adapted:
+        return
+    dz = torch.empty_like(state.z)
+    for (adapter, dy), z, out in zip(adapted, _parts(state.z, adapted), _parts(dz, adapted), strict=True):
+        factor = scale * _factor(adapter, state.dropped)
+        # Products with a thin side are fast in these layouts and several times slower in their transposes.
+        out.addmm_(dy, adapter.b.detach().t().contiguous().t(), beta=0, alpha=factor)
+        if adapter.b.requires_grad:
+            add_gradient(adapter.b, torch.mm(z.t(), dy).mul_(factor).t())
+    adapters = [adapter for adapter, _ in adapted]
+    if adapters[0].a.requires_grad:
+        gradient = torch.mm(dz.t(), _without(x, state.dropped, scratch))
+        for adapter, rows in zip(adapters, gradient.split([len(a.a) for a in adapters]), strict=True):
+            add_gradient(adapter.a, rows)
+    if dx is None:
+        return
+    stacked = _stack(adapters)
+    if state.dropped is None:
+        dx.addmm_(dz, stacked)
+        return
+    seen = torch.mm(dz, stacked, out=scratch.take("seen", tuple(x.shape), x))
+    seen.view(-1).index_fill_(0, state.dropped, 0)
+    dx.add_(seen)
+
+
+def add_product(parameter: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -> None:
+    """Add alpha a b to ``parameter.grad`` without a copy of its own."""
+    if parameter.grad is None:
+        parameter.grad = torch.empty_like(parameter)
+        parameter.grad.addmm_(a, b, beta=0, alpha=alpha)
+    else:
+        parameter.grad.addmm_(a, b, alpha=alpha)
+
+
+def _without(x: torch.Tensor, dropped: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
+    if dropped is None:
+        return x
+    seen = scratch.take("seen", tuple(x.shape), x).copy_(x)
+    seen.view(-1).index_fill_(0, dropped, 0)
+    return seen
+
+
+def _factor(adapter: Adapter, dropped: torch.Tensor | None) -> float:
+    if dropped is None:
+        return adapter.scale
+    return adapter.scale / (1 - adapter.dropout) if adapter.dropout < 1 else 0.0
+
+
+def _stack(adapters: Sequence[Adapter]) -> torch.Tensor:
+    return torch.cat([adapter.a.detach() for adapter in adapters])
+
+
+def _parts(z: torch.Tensor, adapted: Sequence[tuple[Adapter, torch.Tensor]]) -> Sequence[torch.Tensor]:
+    parts: tuple[torch.Tensor, ...] = z.split([len(adapter.a) for adapter, _ in adapted], dim=1)
+    return parts

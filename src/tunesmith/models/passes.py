@@ -1,0 +1,106 @@
+"""How losses and gradients of a micro-batch are computed: by the kernels, or by the model and autograd."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from tunesmith.data.packing import PackedBatch, pack_rows
+from tunesmith.data.rows import TokenizedRows
+from tunesmith.models.kernels.decoder import loss_and_gradients
+from tunesmith.models.kernels.decoder import token_losses as kernel_losses
+from tunesmith.models.kernels.reading import UnreadableError, read_decoder
+from tunesmith.models.kernels.scratch import Scratch
+from tunesmith.models.loss import Batch, token_losses
+
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Pass:
+    """``total``: sum of token losses of a micro-batch. Times in seconds."""
+
+    total: float
+    forward_seconds: float
+    backward_seconds: float
+
+
+class Passes(Protocol):
+    """Evaluation and training of one model on micro-batches."""
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """-log p of every trained token, shape (trained tokens,), without dropout."""
+
+    def train(self, batch: Batch, scale: float) -> Pass:
+        """Add the gradients of ``scale`` times the sum of the token losses to ``.grad`` of what is trained."""
+
+
+class AutogradPasses:
+    """Through the model's own forward; for any model."""
+
+    def __init__(self, model: Any, autocast: torch.dtype | None = None) -> None:
+        self._model, self._autocast = model, autocast
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            with torch.inference_mode():
+                return token_losses(self._model, batch, self._autocast)
+        finally:
+            self._model.train(was_training)
+
+    def train(self, batch: Batch, scale: float) -> Pass:
+        begun = time.perf_counter()
+        self._model.train()
+        loss = token_losses(self._model, batch, self._autocast).sum()
+        total, between = float(loss.detach()), time.perf_counter()
+        (loss * scale).backward()
+        return Pass(total, between - begun, time.perf_counter() - between)
+
+
+class KernelPasses:
+    """By ``kernels``; for packed rows of a model that ``read_decoder`` reads."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._scratch = model, Scratch()
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        assert isinstance(batch, PackedBatch)
+        # No inference mode: its tensors could not be written to again in training.
+        with torch.no_grad():
+            return kernel_losses(read_decoder(self._model), batch, self._scratch)
+
+    def train(self, batch: Batch, scale: float) -> Pass:
+        assert isinstance(batch, PackedBatch)
+        begun = time.perf_counter()
+        losses = loss_and_gradients(read_decoder(self._model), batch, scale, self._scratch)
+        return Pass(float(losses.sum()), 0.0, time.perf_counter() - begun)
+
+
+def choose_passes(
+    model: Any, rows: TokenizedRows, *, packs: bool, autocast: torch.dtype | None
+) -> tuple[Passes, str]:
+    """The kernels where they give this model's losses on rows of this data set, and why, for people.
+
+    Args:
+        model: a causal LM as ``prepare_packing`` left it.
+        packs: what ``prepare_packing`` found.
+        autocast: lower precision for the matrix products, where hardware is fast at it.
+    """
+    plain = AutogradPasses(model, autocast)
+    if not packs:
+        return plain, "autograd: rows are not packed"
+    if autocast is not None:
+        return plain, f"autograd: products are {autocast}"
+    shortest = sorted(range(len(rows)), key=lambda i: int(rows.lengths[i]))[:2]
+    probe = pack_rows([rows.row(i) for i in shortest], next(model.parameters()).device)
+    kernels = KernelPasses(model)
+    try:
+        difference = float((kernels.losses(probe) - plain.losses(probe)).abs().max())
+    except UnreadableError as error:
+        return plain, f"autograd: {error}"
+    if not difference <= _TOLERANCE:
+        return plain, f"autograd: the kernels would change losses by up to {difference:.1e}"
+    return kernels, "kernels: each layer forward and backward by hand"
