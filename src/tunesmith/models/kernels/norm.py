@@ -48,6 +48,7 @@ def rms_norm_backward(
 def add_gradient(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
     """Add to ``parameter.grad``, which begins as absent."""
     if parameter.grad is None:
-        parameter.grad = gradient.detach().clone()
+        # In the parameter's own layout: a fused optimizer walks through both in the order of memory.
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
     else:
         parameter.grad.add_(gradient)
