@@ -19,6 +19,7 @@ from tunesmith.evaluation.answers import read_questions
 from tunesmith.evaluation.heldout import check_expected
 from tunesmith.evaluation.score import HeldOut
 from tunesmith.forwarding import refuse_unusable_place
+from tunesmith.memory_plan import MemoryPlan, plan_memory
 from tunesmith.models.base import (
     BaseFolder,
     choose_device,
@@ -30,17 +31,23 @@ from tunesmith.models.base import (
 )
 from tunesmith.models.batches import MicroBatches, micro_batches, prepare_packing
 from tunesmith.models.catalog import cache_dir
-from tunesmith.models.method import prepare_full, prepare_lora, set_generation_defaults
-from tunesmith.models.passes import Passes, choose_passes
+from tunesmith.models.kernels.reading import read_decoder
+from tunesmith.models.method import (
+    prepare_full,
+    prepare_lora,
+    set_generation_defaults,
+    trainable_parameters,
+)
+from tunesmith.models.passes import KernelPasses, Passes, choose_passes
 from tunesmith.models.stops import Stops, find_stops
 from tunesmith.starting_points import adapter_to_continue, weights_id
 from tunesmith.training.schedule import StepPlan, plan_steps
 
 DEFAULT_TRAIN_ROWS = 8
 DEFAULT_EVAL_ROWS = 16
-# Computed tokens in a micro-batch: enough to keep the matrix products of a CPU efficient. At this size runs of the
-# default model peaked at 3.5 GB (example data) and 4.2 GB (viggo).
-TRAIN_TOKEN_BUDGET = 1408
+# Computed tokens in a micro-batch through autograd: enough to keep the matrix products of a CPU efficient. At this size
+# runs of the default model peaked at 3.5 GB (example data) and 4.2 GB (viggo). The kernels plan theirs: memory_plan.py.
+TRAIN_TOKEN_BUDGET = 768
 EVAL_TOKEN_BUDGET = 2048
 Say = Callable[[str], None]
 
@@ -71,6 +78,7 @@ class Assembly:
     valid: HeldOut | None  # scored on the checkpoint schedule
     passes: Passes
     passes_reason: str
+    memory: MemoryPlan | None  # None: through autograd, whose memory is not counted
     dtype_reason: str
     train_batches: MicroBatches
     eval_batches: MicroBatches
@@ -149,8 +157,17 @@ def assemble(loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say) -> Assembly
     set_generation_defaults(model, list(stops.token_ids), list(stops.strings))
     packs, batches_reason = prepare_packing(model, fitted.train, stops.token_ids[0])
     passes, passes_reason = choose_passes(model, fitted.train, packs=packs, autocast=autocast)
+    memory = None
+    if isinstance(passes, KernelPasses):
+        memory = plan_memory(
+            read_decoder(model),
+            fitted.train,
+            batch,
+            optimization.seed,
+            sum(p.numel() * p.element_size() for p in trainable_parameters(model)),
+        )
     train_batches, eval_batches = _micro_batches(
-        packs, stops.token_ids[0], choose_device(), config.checkpoints.eval_batch_size_per_device
+        packs, memory, stops.token_ids[0], choose_device(), config.checkpoints.eval_batch_size_per_device
     )
     return Assembly(
         text=TextParts(
@@ -165,6 +182,7 @@ def assemble(loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say) -> Assembly
         valid=valid,
         passes=passes,
         passes_reason=passes_reason,
+        memory=memory,
         dtype_reason=dtype_reason,
         train_batches=train_batches,
         eval_batches=eval_batches,
@@ -289,10 +307,18 @@ def _load(
 
 
 def _micro_batches(
-    packs: bool, pad_token_id: int, device: torch.device, eval_batch: int | Literal["auto"]
+    packs: bool,
+    memory: MemoryPlan | None,
+    pad_token_id: int,
+    device: torch.device,
+    eval_batch: int | Literal["auto"],
 ) -> tuple[MicroBatches, MicroBatches]:
     eval_rows = DEFAULT_EVAL_ROWS if eval_batch == "auto" else eval_batch
+    # Evaluation takes less memory a token than training: with the same budget it fits where training does.
+    train, evaluation = (
+        (memory.token_budget, memory.token_budget) if memory else (TRAIN_TOKEN_BUDGET, EVAL_TOKEN_BUDGET)
+    )
     return (
-        micro_batches(packs, TRAIN_TOKEN_BUDGET, pad_token_id, device),
-        micro_batches(packs, EVAL_TOKEN_BUDGET, pad_token_id, device, eval_rows),
+        micro_batches(packs, train, pad_token_id, device),
+        micro_batches(packs, evaluation, pad_token_id, device, eval_rows),
     )

@@ -14,6 +14,7 @@ from tunesmith.config.load import LoadedConfig
 from tunesmith.config.schema import RunConfig
 from tunesmith.evaluation.answers import Question
 from tunesmith.evaluation.heldout import perplexity
+from tunesmith.memory_plan import MemoryPlan
 from tunesmith.models.method import count_parameters
 from tunesmith.tracking.environment import machine, versions
 from tunesmith.tracking.events import (
@@ -105,6 +106,7 @@ def run_started(run: Run) -> RunStarted:
         "Precision": parts.dtype_reason,
         "Micro-batches": parts.batches_reason,
         "Gradients": parts.passes_reason,
+        "Memory": _memory_line(parts.memory),
         "Run folder": str(run.folder),
     }
     return RunStarted(
@@ -130,6 +132,13 @@ def start_notices(run: Run) -> Iterator[str]:
             "this chat template ends an assistant turn with no control token, so the model is not taught to stop; "
             "set generation_config.stopping_sequences or a prompt_format with an end-of-turn token"
         )
+
+
+def _memory_line(memory: MemoryPlan | None) -> str:
+    if memory is None:
+        return "not predicted: through autograd"
+    peak, budget = memory.peak_bytes / 1e9, memory.token_budget
+    return f"about {peak:.1f} GB at its peak; micro-batches of at most {budget:,} tokens"
 
 
 def config_notices(loaded: LoadedConfig, total_steps: int) -> Iterator[str]:
@@ -203,7 +212,7 @@ def make_record(
         real_tokens_per_second=totals.real_tokens / seconds if seconds else None,
         trained_tokens_per_second=totals.trained_tokens / seconds if seconds else None,
         peak_rss_bytes=peak_memory_bytes(),
-        predicted_peak_rss_bytes=None,
+        predicted_peak_rss_bytes=run.parts.memory.peak_bytes if run.parts.memory else None,
         trainable_parameters=trainable,
         total_parameters=total,
         checkpoint_bytes=best.bytes if best else None,

@@ -79,6 +79,13 @@ def _group(prefix: int, spans: Sequence[tuple[int, int]], device: torch.device) 
     return RowGroup(prefix, len(spans), longest, places.flatten().to(device), flat)
 
 
+def query_blocks(length: int) -> Iterator[tuple[int, int]]:
+    """The blocks of queries that a row of this length is cut into."""
+    count = -(-length // _QUERY_BLOCK)
+    for number in range(count):
+        yield length * number // count, length * (number + 1) // count
+
+
 def attend_rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequence[RowGroup], shape: Shape, out: torch.Tensor,
     scratch: Scratch,
@@ -92,7 +99,7 @@ def attend_rows(
         keys, values = (_keys(t, group, shape, scratch, n) for t, n in ((k, "keys"), (v, "values")))
         queries = _gather(q, group, scratch, "queries")
         outputs = scratch.take("outputs", tuple(queries.shape), q)
-        for begin, end in _blocks(group.length):
+        for begin, end in query_blocks(group.length):
             seen = group.prefix + end
             probabilities = _probabilities(
                 _by_key(queries, group, shape, begin, end), keys[:, :seen], group, shape, begin, scratch
@@ -120,7 +127,7 @@ def attend_rows_backward(
             douts[padding] = 0
         dqueries = scratch.take("dqueries", tuple(queries.shape), q)
         dkeys, dvalues = (scratch.take(n, tuple(keys.shape), q).zero_() for n in ("dkeys", "dvalues"))
-        for begin, end in _blocks(group.length):
+        for begin, end in query_blocks(group.length):
             seen = group.prefix + end
             query = _by_key(queries, group, shape, begin, end)
             probabilities = _probabilities(query, keys[:, :seen], group, shape, begin, scratch)
@@ -147,12 +154,6 @@ def attend_rows_backward(
     if prefix:
         for shared, target in ((dk_prefix, dk), (dv_prefix, dv)):
             target[:prefix] += shared.transpose(0, 1).reshape(prefix, -1)
-
-
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    count = -(-length // _QUERY_BLOCK)
-    for number in range(count):
-        yield length * number // count, length * (number + 1) // count
 
 
 def _gather(flat: torch.Tensor, group: RowGroup, scratch: Scratch, name: str) -> torch.Tensor:

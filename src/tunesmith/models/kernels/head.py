@@ -10,7 +10,7 @@ from tunesmith.models.kernels.dropout import draw_dropped
 from tunesmith.models.kernels.linear import Linear, adapter_dropout, project, project_backward
 from tunesmith.models.kernels.scratch import Scratch
 
-_CHUNK = 256  # tokens: large enough for efficient products, 50 MB of logits for a vocabulary of 49,152
+CHUNK = 256  # tokens: large enough for efficient products, 50 MB of logits for a vocabulary of 49,152
 _SMALLEST = 1e-20
 
 
@@ -33,8 +33,8 @@ def head_losses(
     """
     losses = torch.empty(len(targets), dtype=hidden.dtype, device=hidden.device)
     dhidden = None if gradient_scale is None else scratch.take("dhidden", tuple(hidden.shape), hidden)
-    for begin in range(0, len(targets), _CHUNK):
-        part = slice(begin, begin + _CHUNK)
+    for begin in range(0, len(targets), CHUNK):
+        part = slice(begin, begin + CHUNK)
         x, wanted = hidden[part], targets[part][:, None]
         logits = scratch.take("logits", (len(x), len(head.weight)), hidden)
         rate = adapter_dropout([head]) if gradient_scale is not None else 0.0

@@ -27,6 +27,10 @@ class Scratch:
             self._buffers[key] = buffer = torch.empty(size, dtype=like.dtype, device=like.device)
         return buffer[:size].view(shape)
 
+    def elements(self) -> dict[str, int]:
+        """Elements of each buffer that holds any."""
+        return {name: buffer.numel() for (name, _), buffer in self._buffers.items() if buffer.numel()}
+
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""

@@ -159,7 +159,7 @@ def test_layers_of_a_group_share_a_mask(dropped: list[int] | None):
 
 
 def test_the_head_in_chunks_and_losses_too_large_for_a_probability(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tunesmith.models.kernels.head._CHUNK", 4)
+    monkeypatch.setattr("tunesmith.models.kernels.head.CHUNK", 4)
     hidden, weight = random(11, 6), random(9, 6, seed=1).mul_(3).requires_grad_()
     targets = torch.arange(11) % 9
     hidden[5] = weight.detach()[0] * 200  # its target, 5, has a probability that underflows
