@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tunesmith.data.conversation import Conversation
+from tunesmith.data.conversation import ROLES, Conversation, Message
 from tunesmith.errors import ModelError
 
 Encoded = tuple[NDArray[np.int32], NDArray[np.int64]]
 Border = tuple[int, int]
+Piece = tuple[Tokenizer, int, int]  # what encodes the text from one place up to another
 
 
 class ControlTokens:
@@ -64,6 +65,12 @@ class ControlTokens:
 
     def beside_contents(self, conversation: Conversation) -> bool:
         """Whether a name, an id, a tool or a tool call spells a control token."""
+        if (
+            self._are_field_names_harmless
+            and not conversation.tools
+            and all(map(_is_bare, conversation.messages))
+        ):
+            return False
         messages = [{**message.to_dict(), "content": ""} for message in conversation.messages]
         return any(self._spelled_in(text) for text in _strings([conversation.tools, messages]))
 
@@ -83,27 +90,43 @@ class ControlTokens:
         Returns:
             ids, int32 of shape (n,), and each token's character borders in ``text``, int64 of shape (n, 2).
         """
-        start, going_on, control = self._plain, self._plain_going_on, self.pattern
         if messages:
-            start, going_on, control = self._twin, self._twin_going_on, self._alias_pattern
             text = self._aliased_outside(text, messages)
-        parts = [(start, 0, min(prompt_ends, default=len(text)))]
-        for begin, end in pairwise([*prompt_ends, len(text)]):
-            # Behind a control token the tokenizer starts afresh, as it does in the whole text.
-            found = control.search(text, begin, end)
-            fresh = found.start() if found else end
-            parts += [(going_on, begin, fresh), (start, fresh, end)]
-        encoded = [
-            (_encode(tokenizer, text[begin:end]), begin) for tokenizer, begin, end in parts if begin < end
-        ]
+            parts = _parts(text, prompt_ends, self._twin, self._twin_going_on, self._alias_pattern)
+        else:
+            parts = _parts(text, prompt_ends, self._plain, self._plain_going_on, self.pattern)
+        encoded = [(_encode(tokenizer, text[begin:end]), begin) for tokenizer, begin, end in parts]
         return (
             np.concatenate([part[0] for part, _ in encoded]),
             np.concatenate([part[1] + begin for part, begin in encoded]),
         )
 
+    def pieces(self, text: str, prompt_ends: Sequence[int]) -> list[Piece]:
+        """The smallest pieces that, encoded one by one, give the ids of ``encode_rendered``.
+
+        For text in which no message spells a control token. Pieces of many rows are equal: headers, closing
+        tokens, the system message.
+        """
+        parts = _parts(text, prompt_ends, self._plain, self._plain_going_on, self.pattern)
+        if not self._can_cut:
+            return parts
+        pieces = []
+        for tokenizer, begin, end in parts:
+            cuts = [found.start() for found in self.pattern.finditer(text, begin + 1, end)]
+            pieces += [(tokenizer, start, stop) for start, stop in pairwise([begin, *cuts, end])]
+        return pieces
+
+    def document(self, text: str) -> Piece | None:
+        """The one piece that a plain text is; None where it spells a control token."""
+        return None if self._spelled_in(text) else (self._plain, 0, len(text))
+
     def encode_text(self, text: str) -> NDArray[np.int32]:
         """Plain text as one document: a leading BOS where the model uses one, the text, EOS."""
         ids, _ = _encode(self._twin if self._spelled_in(text) else self._plain, text)
+        return self.framed(ids)
+
+    def framed(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The ids of a plain text between BOS, where the model uses one, and EOS."""
         bos = [self._tokenizer.bos_token_id] if self._adds_bos else []
         return np.concatenate(
             [np.array(bos, np.int32), ids, np.array([self._tokenizer.eos_token_id], np.int32)]
@@ -122,12 +145,21 @@ class ControlTokens:
         return bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos]
 
     @cached_property
+    def _are_field_names_harmless(self) -> bool:
+        return not any(self._spelled_in(text) for text in ("role", "content", *ROLES))
+
+    @cached_property
+    def _can_cut(self) -> bool:
+        return _starts_afresh(self._spec["added_tokens"], self.pattern)
+
+    @cached_property
     def _plain(self) -> Tokenizer:
         return _build(self._spec)
 
     @cached_property
     def _plain_going_on(self) -> Tokenizer:
-        return _build(_without_prefix(self._spec))
+        spec = _without_prefix(self._spec)
+        return self._plain if spec == self._spec else _build(spec)
 
     @cached_property
     def _twin(self) -> Tokenizer:
@@ -178,6 +210,46 @@ def _build(spec: Mapping[str, Any]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(spec))
 
 
+def _parts(
+    text: str, prompt_ends: Sequence[int], start: Tokenizer, going_on: Tokenizer, control: re.Pattern[str]
+) -> list[Piece]:
+    parts = [(start, 0, min(prompt_ends, default=len(text)))]
+    for begin, end in pairwise([*prompt_ends, len(text)]):
+        # Behind a control token the tokenizer starts afresh, as it does in the whole text.
+        found = control.search(text, begin, end)
+        fresh = found.start() if found else end
+        parts += [(going_on, begin, fresh), (start, fresh, end)]
+    return [part for part in parts if part[1] < part[2]]
+
+
+def _starts_afresh(added: Sequence[Mapping[str, Any]], control: re.Pattern[str]) -> bool:
+    """Whether cutting a text before each control token changes no id.
+
+    The tokenizer itself first cuts out the added tokens, the leftmost and longest first, and then knows
+    nothing beyond them. Not so where a token looks at, swallows or overlaps what stands before it, or where
+    it is found only after normalising.
+    """
+    special = [token for token in added if token["special"]]
+    if any(t["single_word"] for t in added) or any(t["lstrip"] or t["normalized"] for t in special):
+        return False
+    if any(t["content"][:1].isspace() for t in special):  # a token before it could swallow its blank
+        return False
+    starts = {t["content"][:length] for t in special for length in range(1, len(t["content"]) + 1)}
+    texts = [token["content"] for token in added]
+    return not any(
+        control.search(text, 1) or any(text[at:] in starts for at in range(1, len(text))) for text in texts
+    )
+
+
+def _is_bare(message: Message) -> bool:
+    return (
+        not message.tool_calls
+        and message.tool_call_id is None
+        and message.name is None
+        and message.role in ROLES
+    )
+
+
 def _encode(tokenizer: Tokenizer, text: str) -> Encoded:
     encoding = tokenizer.encode(text, add_special_tokens=False)
     return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -192,7 +264,8 @@ def _without_prefix(spec: Any) -> Any:
     if spec.get("type") == "Prepend":
         return {"type": "Sequence", "normalizers": []}
     never = {"prepend_scheme": "never", "add_prefix_space": False}
-    unchanged = ("model", "added_tokens")  # large, and no part of them puts blanks
+    # The first two are large and put no blanks, the third plays no part in encoding.
+    unchanged = ("model", "added_tokens", "decoder")
     return {
         key: never[key] if key in never else value if key in unchanged else _without_prefix(value)
         for key, value in spec.items()

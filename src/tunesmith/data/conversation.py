@@ -187,7 +187,8 @@ def _example(row: object, text: str) -> Example:
 
 def _refuse_lookalikes(row: dict[str, Any], names: tuple[str, ...]) -> None:
     """A list under a misspelt name must not be lost in silence; other keys (ids, scores) are not read."""
-    for key in (key for key, value in row.items() if isinstance(value, list) and key not in names):
+    read = ("messages", "text", *names)
+    for key in (key for key, value in row.items() if isinstance(value, list) and key not in read):
         if key == "functions":
             raise BrokenRule("functions is OpenAI's old form; write tools", excerpt(row[key]))
         nearest = closest(key, names, _NEAR_MISS)
@@ -249,30 +250,33 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
     previous = ""
     open_calls: list[str | None] = []
     for number, message in enumerate(messages, start=1):
-        where, role, text = f"message {number}", message.role, shorten(message.content or "")
-        if role == "system":
-            if number > 1:
-                fault = (
-                    "a second system message" if messages[0].role == "system" else "system message not first"
-                )
-                raise BrokenRule(f"{where}: {fault}; at most one is allowed, and only first", text)
-        elif role == "tool":
-            _answer(where, message, open_calls, previous)
-        elif open_calls:
-            raise BrokenRule(f"{where}: {role} follows before {_names(open_calls)} got a tool answer", text)
-        elif previous in ("", "system") and role != "user":
-            raise BrokenRule(f"{where}: the first turn must be user, not {role}", text)
-        elif previous == role:
-            raise BrokenRule(f"{where}: two {role} messages in a row", text)
-        elif previous == "tool" and role == "user":
-            raise BrokenRule(
-                f"{where}: user follows tool; the assistant must speak after a tool answer", text
-            )
-        if role == "assistant":
+        if message.role == "tool":
+            _answer(f"message {number}", message, open_calls, previous)
+        elif fault := _turn_fault(message.role, number, messages[0].role, previous, open_calls):
+            raise BrokenRule(f"message {number}: {fault}", shorten(message.content or ""))
+        if message.role == "assistant":
             open_calls = [call.id for call in message.tool_calls]
-        previous = role
+        previous = message.role
     if previous == "system":
         raise BrokenRule("nothing follows the system message", shorten(messages[0].content or ""))
+
+
+def _turn_fault(
+    role: str, number: int, first: str, previous: str, open_calls: list[str | None]
+) -> str | None:
+    """Why a turn that is no tool answer cannot stand where it does, or None."""
+    if role == "system":
+        fault = "a second system message" if first == "system" else "system message not first"
+        return f"{fault}; at most one is allowed, and only first" if number > 1 else None
+    if open_calls:
+        return f"{role} follows before {_names(open_calls)} got a tool answer"
+    if previous in ("", "system") and role != "user":
+        return f"the first turn must be user, not {role}"
+    if previous == role:
+        return f"two {role} messages in a row"
+    if previous == "tool" and role == "user":
+        return "user follows tool; the assistant must speak after a tool answer"
+    return None
 
 
 def _answer(where: str, message: Message, open_calls: list[str | None], previous: str) -> None:

@@ -71,7 +71,10 @@ def fit_to_length(rows: TokenizedRows, limit: int, on_too_long: OnTooLong) -> To
     lengths = np.minimum(rows.lengths, limit)
     keep = np.flatnonzero(rows.lengths <= limit)
     if on_too_long == "truncate":
-        keep = np.array([i for i in range(len(rows)) if rows.row(i).trained[:limit].any()], np.int64)
+        learns = rows.trained_counts > 0
+        for index in np.flatnonzero(rows.lengths > limit):
+            learns[index] = rows.row(int(index)).trained[:limit].any()
+        keep = np.flatnonzero(learns)
     if len(keep) == 0:
         raise DataError(rows.path, f"no row is left at context_length {limit:,}", "raise context_length")
     return rows.select(keep, lengths)

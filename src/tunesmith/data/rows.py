@@ -1,11 +1,11 @@
 """All rows of a split as tokens: flat arrays, cached on disk by content, mapped rather than read."""
 
+import gc
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.conversation import Problem, ProblemList, iter_examples
+from tunesmith.data.conversation import Example, Problem, ProblemList, iter_examples
 from tunesmith.data.problems import shorten
-from tunesmith.data.rendering import Renderer, RenderingError, TokenizedExample, TrainOn
-from tunesmith.data.sources import file_digest, resolve_files
+from tunesmith.data.rendering import Renderer, TokenizedExample, TrainOn
+from tunesmith.data.sources import RawRecord, file_digest, resolve_files
+from tunesmith.data.token_store import Arrays, TokenStore, load_arrays
 
 # Part of the cache key: raise it whenever rendering or masks change for the same input.
 _FORMAT = 2
+# Rows that are encoded together: enough to keep every core busy, few enough to be no matter of memory.
+_BATCH_ROWS = 512
+_BATCH_LETTERS = 4 * 2**20
+_PROGRESS_EVERY = 200
+_COUNTED_ROWS = 2**14
 
 
 @dataclass(frozen=True)
@@ -66,17 +72,25 @@ class TokenizedRows:
     @property
     def trained_counts(self) -> NDArray[np.int64]:
         """Trained tokens of each row, shape (rows,)."""
-        sums = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
-        return np.asarray(np.diff(sums[self.starts]))
+        counts = np.empty(len(self), np.int64)
+        for first in range(0, len(self), _COUNTED_ROWS):  # sums over all tokens would take 8 bytes for each
+            starts = self.starts[first : first + _COUNTED_ROWS + 1]
+            sums = np.cumsum(self.trained[starts[0] : starts[-1]], dtype=np.int64)
+            counts[first : first + _COUNTED_ROWS] = np.diff(np.concatenate([[0], sums])[starts - starts[0]])
+        return counts
 
     def select(self, keep: Sequence[int] | NDArray[np.int64], lengths: NDArray[np.int64]) -> "TokenizedRows":
         """The rows ``keep``, each cut to its entry in ``lengths`` (per row of this object)."""
-        begin, take = self.starts[:-1][keep], lengths[keep]
-        pieces = [np.arange(b, b + n) for b, n in zip(begin, take, strict=True)]
-        index = np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+        take = lengths[keep]
         starts = np.concatenate([[0], np.cumsum(take)]).astype(np.int64)
+        ids, trained = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.bool_)
+        all_ids, all_trained = np.asarray(self.ids), np.asarray(self.trained)  # slices of a memmap are slow
+        places = zip(self.starts[:-1][keep].tolist(), starts.tolist(), take.tolist(), strict=False)
+        for source, target, length in places:
+            ids[target : target + length] = all_ids[source : source + length]
+            trained[target : target + length] = all_trained[source : source + length]
         return TokenizedRows(
-            self.path, self.sha256, self.ids[index], self.trained[index], starts, self.files,
+            self.path, self.sha256, ids, trained, starts, self.files,
             self.file_numbers[keep], self.line_numbers[keep], self.skipped,
         )  # fmt: skip
 
@@ -104,54 +118,119 @@ def tokenize_rows(
         DataError: rows break a rule (the first 20 are listed), or the file cannot be read.
     """
     sha256 = file_digest(path)
-    key = _cache_key(path, sha256, renderer, train_on)
-    if cache_dir is not None and (found := _load(cache_dir / key, path, sha256)):
-        return found  # whole: only files without a bad row are kept
-    rows = _tokenize(path, sha256, renderer, train_on, skip_bad_rows, on_progress)
-    if cache_dir is not None and not rows.skipped:
-        _store(cache_dir / key, rows)
-    return rows
+    folder = cache_dir / _cache_key(path, sha256, renderer, train_on) if cache_dir is not None else None
+    if folder is not None and (kept := load_arrays(folder)):
+        return _rows(path, sha256, *kept)  # whole: only files without a bad row are kept
+    report = on_progress or (lambda _rows: None)
+    with TokenStore(cache_dir) as store, _old_objects_uncollected():
+        skipped, found = _tokenize(path, renderer, train_on, skip_bad_rows, report, store)
+        arrays = store.finish(None if skipped else folder, found)
+    return _rows(path, sha256, arrays, tuple(found), skipped)
 
 
 def _tokenize(
     path: str,
-    sha256: str,
     renderer: Renderer,
     train_on: TrainOn,
     skip_bad_rows: bool,
-    on_progress: Callable[[int], None] | None,
-) -> TokenizedRows:
-    ids: list[NDArray[np.int32]] = []
-    trained: list[NDArray[np.bool_]] = []
-    origins: list[tuple[str, int]] = []
+    on_progress: Callable[[int], None],
+    store: TokenStore,
+) -> tuple[int, list[str]]:
+    """Append every valid row to ``store``; how many were not, and the files that the others are in."""
     problems = ProblemList()
-    for record, example in iter_examples(path, train_on.value):
-        if isinstance(example, Problem):
-            problems.add(example)
-            continue
-        try:
-            tokens = renderer.example(example, train_on)
-        except RenderingError as error:
-            problems.add(Problem(record.file, record.line, str(error), shorten(record.text)))
-            continue
-        ids.append(tokens.ids)
-        trained.append(tokens.trained)
-        origins.append((record.file, record.line))
-        if on_progress and len(ids) % 200 == 0:
-            on_progress(len(ids))
-    if not (skip_bad_rows and ids):
+    files: dict[str, int] = {}
+    rows = tokens = 0
+    for batch in _rendered(iter_examples(path, train_on.value), renderer, train_on):
+        done: list[tuple[RawRecord, TokenizedExample]] = []
+        for record, found in batch:
+            if isinstance(found, Problem):
+                problems.add(found)
+            else:
+                done.append((record, found))
+        if done:
+            store.append(_arrays(done, tokens, files))
+            tokens += sum(len(row.ids) for _, row in done)
+        for count in range(rows // _PROGRESS_EVERY + 1, (rows + len(done)) // _PROGRESS_EVERY + 1):
+            on_progress(count * _PROGRESS_EVERY)
+        rows += len(done)
+    if not (skip_bad_rows and rows):
         problems.raise_if_any(path)
-    files = tuple(dict.fromkeys(file for file, _ in origins))
-    numbers = {file: number for number, file in enumerate(files)}
+    return problems.total, list(files)
+
+
+@contextmanager
+def _old_objects_uncollected() -> Iterator[None]:
+    """Keep the garbage collector, which each new row calls, off the objects that libraries made before."""
+    if gc.get_freeze_count():  # a caller has done so, and would not want them back
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _rendered(
+    rows: Iterable[tuple[RawRecord, Example | Problem]], renderer: Renderer, train_on: TrainOn
+) -> Iterator[list[tuple[RawRecord, TokenizedExample | Problem]]]:
+    """Batches of rows as tokens. A thread encodes one batch while the next is read, checked and rendered."""
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        waiting: tuple[list[tuple[RawRecord, Example | Problem]], Future[list[Any]]] | None = None
+        for batch in _batches(rows):
+            valid = [example for _, example in batch if not isinstance(example, Problem)]
+            encoding = worker.submit(renderer.batch(valid, train_on).encode)
+            if waiting is not None:
+                yield _settled(waiting[0], waiting[1].result())
+            waiting = batch, encoding
+        if waiting is not None:
+            yield _settled(waiting[0], waiting[1].result())
+
+
+def _settled(
+    batch: Sequence[tuple[RawRecord, Example | Problem]], encoded: Iterable[TokenizedExample | Exception]
+) -> list[tuple[RawRecord, TokenizedExample | Problem]]:
+    results = iter(encoded)
+    found: list[tuple[RawRecord, TokenizedExample | Problem]] = []
+    for record, example in batch:
+        result = example if isinstance(example, Problem) else next(results)
+        if isinstance(result, Exception):
+            result = Problem(record.file, record.line, str(result), shorten(record.text))
+        found.append((record, result))
+    return found
+
+
+def _batches(
+    rows: Iterable[tuple[RawRecord, Example | Problem]],
+) -> Iterator[list[tuple[RawRecord, Example | Problem]]]:
+    batch: list[tuple[RawRecord, Example | Problem]] = []
+    letters = 0
+    for row in rows:
+        batch.append(row)
+        letters += len(row[0].text)
+        if len(batch) == _BATCH_ROWS or letters >= _BATCH_LETTERS:
+            yield batch
+            batch, letters = [], 0
+    if batch:
+        yield batch
+
+
+def _arrays(rows: Sequence[tuple[RawRecord, TokenizedExample]], tokens: int, files: dict[str, int]) -> Arrays:
+    """What a batch adds to the arrays behind ``tokens`` tokens; a new file is added to ``files``."""
+    ends = tokens + np.cumsum([len(row.ids) for _, row in rows])
+    return {
+        "ids": np.concatenate([row.ids for _, row in rows]),
+        "trained": np.concatenate([row.trained for _, row in rows]),
+        "starts": ends if tokens else np.concatenate([[0], ends]),
+        "file_numbers": np.array([files.setdefault(record.file, len(files)) for record, _ in rows]),
+        "line_numbers": np.array([record.line for record, _ in rows]),
+    }
+
+
+def _rows(path: str, sha256: str, arrays: Arrays, files: tuple[str, ...], skipped: int = 0) -> TokenizedRows:
     return TokenizedRows(
-        path, sha256,
-        np.concatenate(ids) if ids else np.zeros(0, np.int32),
-        np.concatenate(trained) if trained else np.zeros(0, np.bool_),
-        np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64),
-        files,
-        np.array([numbers[file] for file, _ in origins], np.int32),
-        np.array([line for _, line in origins], np.int32),
-        problems.total,
+        path, sha256, arrays["ids"], arrays["trained"], arrays["starts"], files,
+        arrays["file_numbers"], arrays["line_numbers"], skipped,
     )  # fmt: skip
 
 
@@ -159,39 +238,3 @@ def _cache_key(path: str, sha256: str, renderer: Renderer, train_on: TrainOn) ->
     digest = hashlib.sha256(renderer.identity.encode())
     digest.update(json.dumps([_FORMAT, resolve_files(path), sha256, train_on.value]).encode())
     return digest.hexdigest()[:32]
-
-
-_ARRAYS = ("ids", "trained", "starts", "file_numbers", "line_numbers")
-
-
-def _store(folder: Path, rows: TokenizedRows) -> None:
-    # A cache only: where it cannot be written, the run goes on without.
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tmp-"))
-        for name in _ARRAYS:
-            np.save(temporary / f"{name}.npy", getattr(rows, name), allow_pickle=False)
-        (temporary / "files.json").write_text(json.dumps(rows.files), encoding="utf-8")
-        os.rename(temporary, folder)  # noqa: PTH104 - must fail, not replace, when another process was first
-    except OSError:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _load(folder: Path, path: str, sha256: str) -> TokenizedRows | None:
-    if not folder.is_dir():
-        return None
-    try:
-        arrays: dict[str, Any] = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS
-        }
-        files = tuple(json.loads((folder / "files.json").read_text(encoding="utf-8")))
-        rows = TokenizedRows(path, sha256, files=files, **arrays)
-        if not len(rows.ids) == len(rows.trained) == rows.starts[-1]:
-            raise ValueError("arrays of different rows")
-    except (OSError, ValueError, EOFError, LookupError):
-        # Torn, as by a power cut: out of the way, so that the rows can be kept again.
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-    return rows

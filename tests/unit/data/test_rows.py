@@ -1,6 +1,8 @@
 """All rows of a file as arrays, and the cache of them."""
 
+import gc
 import json
+from dataclasses import replace as with_fields
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +29,9 @@ class CountingRenderer(Renderer):
         super().__init__(RENDERER.tokenizer)
         self.rows = 0
 
-    def example(self, example, train_on):
-        self.rows += 1
-        return super().example(example, train_on)
+    def batch(self, rows, train_on):
+        self.rows += len(rows)
+        return super().batch(rows, train_on)
 
 
 def line(user: str, assistant: str) -> str:
@@ -126,12 +128,17 @@ def test_a_file_renamed_in_a_folder_keeps_no_stale_name(tmp_path):
     assert Path(rows.origin(0)).name == "b.jsonl:1"
 
 
+def replace(path: Path, content: bytes) -> None:
+    path.unlink()  # a new file: arrays that are mapped from the old one stay whole
+    path.write_bytes(content)
+
+
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    replace(path, path.read_bytes()[:-1])
 
 
 def empty(path: Path) -> None:
-    path.write_bytes(b"")
+    replace(path, b"")
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, Path.unlink], ids=["truncated", "empty", "missing"])
@@ -153,7 +160,9 @@ def test_arrays_that_do_not_belong_together_are_not_believed(data, tmp_path):
     cache = tmp_path / "cache"
     first = tokenize_rows(data, RENDERER, TURNS, cache_dir=cache)
     (entry,) = cache.iterdir()
-    np.save(entry / "ids.npy", first.ids[:-1])
+    shorter = first.ids[:-1].copy()
+    (entry / "ids.npy").unlink()  # first is mapped from it
+    np.save(entry / "ids.npy", shorter)
     assert same(tokenize_rows(data, RENDERER, TURNS, cache_dir=cache), first)
 
 
@@ -188,6 +197,44 @@ def test_bad_rows_are_refused_or_skipped(tmp_path):
         tokenize_rows(path, RENDERER, TURNS, cache_dir=cache)
 
 
+@pytest.mark.parametrize("has_cache", [True, False])
+def test_bad_rows_in_many_batches_are_named_in_order_and_the_others_kept(tmp_path, has_cache):
+    good, broken, refused = line("q", "a"), "{", chat({"role": "user", "content": "q", "name": "<|im_end|>"})
+    tools = json.dumps({**json.loads(good), "tools": [{"type": "function", "function": {"name": "f"}}]})
+    lines = [(broken, tools, refused)[i // 100 % 3] if i % 100 == 7 else good for i in range(1300)]
+    path = write(tmp_path / "rows.jsonl", *lines)
+    cache = tmp_path / "cache" if has_cache else None
+    bad = list(range(8, 1301, 100))
+    with pytest.raises(DataError, match=rf"{len(bad)} rows break a rule") as caught:
+        tokenize_rows(path, RENDERER, TURNS, cache_dir=cache)
+    listed = [text for text in str(caught.value).splitlines() if text.startswith("  ")]
+    assert [int(text.split(":")[1]) for text in listed] == bad
+    assert "JSON is incomplete" in listed[0]
+    assert "does not show tools" in listed[1]
+    seen: list[int] = []
+    rows = tokenize_rows(path, RENDERER, TURNS, cache_dir=cache, skip_bad_rows=True, on_progress=seen.append)
+    assert rows.skipped == len(bad)
+    assert rows.line_numbers.tolist() == [number for number in range(1, 1301) if number not in bad]
+    alone = tokenize_rows(write(tmp_path / "one.jsonl", good), RENDERER, TURNS, cache_dir=None)
+    assert rows.ids.tolist() == alone.ids.tolist() * len(rows)
+    assert rows.trained_counts.tolist() == alone.trained_counts.tolist() * len(rows)
+    assert seen == [200, 400, 600, 800, 1000, 1200]
+    assert not has_cache or list((tmp_path / "cache").iterdir()) == []
+
+
+def test_reading_leaves_the_garbage_collector_as_it_was(data):
+    before = gc.get_freeze_count()
+    tokenize_rows(data, RENDERER, TURNS, cache_dir=None)
+    assert gc.get_freeze_count() == before == 0
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        tokenize_rows(data, RENDERER, TURNS, cache_dir=None)
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
+
+
 def test_skipping_every_row_is_an_error(tmp_path):
     path = write(tmp_path / "rows.jsonl", '{"messages": []}')
     with pytest.raises(DataError, match="1 row breaks a rule"):
@@ -217,6 +264,15 @@ def test_select_keeps_rows_in_the_order_asked_and_cuts_them():
 def test_rows_without_trained_tokens_count_zero():
     rows = token_rows([row_of(2, 0), row_of(1, 1), row_of(2, 0)])
     assert rows.trained_counts.tolist() == [0, 1, 0]
+
+
+def test_trained_tokens_are_counted_across_blocks_of_rows():
+    shapes = [(1 + i % 3, i % 4) for i in range(2**14 + 5)]
+    rows = token_rows([])
+    trained = np.array([t for prompt, answer in shapes for t in [False] * prompt + [True] * answer])
+    starts = np.concatenate([[0], np.cumsum([sum(shape) for shape in shapes])])
+    rows = with_fields(rows, ids=np.zeros(len(trained), np.int32), trained=trained, starts=starts)
+    assert rows.trained_counts.tolist() == [answer for _, answer in shapes]
 
 
 def test_splits_share_task_and_context_length(data, tmp_path):
