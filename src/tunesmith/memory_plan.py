@@ -6,6 +6,7 @@ the kernels (``models/kernels/footprint.py``).
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,17 +91,23 @@ def resident_bytes() -> int:
         return 0
 
 
-def available_bytes() -> int | None:
+def available_bytes(system: Path = Path("/")) -> int | None:
     """Memory that can be had without swapping, a container's limit included; None where the system does not tell."""
     found = []
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    with suppress(OSError):
+        known = _numbers(system / "proc/meminfo")
+        found.append(known["MemAvailable"] * 1024)
+    with suppress(OSError):
+        group = system / "sys/fs/cgroup"
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
         if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-            found.append(max(0, int(limit) - used))
-    except OSError:
-        pass
+            used = int((group / "memory.current").read_text(encoding="ascii"))
+            # Cached files count as used, and make way when memory is asked for.
+            found.append(max(0, int(limit) - used + _numbers(group / "memory.stat")["file"]))
     return min(found, default=None)
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The ``name: number`` lines of a file of the kernel."""
+    lines = [line.replace(":", " ").split() for line in file.read_text(encoding="ascii").splitlines()]
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}

@@ -47,6 +47,23 @@ def test_what_the_system_tells():
     assert free is None or free > 10e6
 
 
+def test_a_containers_limit_counts_without_its_cached_files(tmp_path: Path):
+    assert available_bytes(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text(
+        "MemTotal:  9000 kB\nMemAvailable:    8000 kB\nHugePages_Total: 0\n"
+    )
+    assert available_bytes(tmp_path) == 8000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) == 8000 * 1024
+    (group / "memory.max").write_text("5000000\n")
+    (group / "memory.current").write_text("4900000\n")
+    (group / "memory.stat").write_text("anon 900000\nfile 4000000\nfile_mapped 10\n")
+    assert available_bytes(tmp_path) == 4_100_000
+
+
 PROCESS = """
 import sys, time, torch
 sys.path[:0] = {folders!r}
