@@ -1,11 +1,10 @@
-"""Model and micro-batch -> sum of token losses and their count; never a mean.
+"""Model and micro-batch -> the loss of each trained token; never a mean.
 
 The mean over an optimizer step is taken once, by the global count of trained tokens, so that neither the
 split into micro-batches nor unequal counts can weigh a token differently.
 """
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,19 +14,6 @@ from tunesmith.data.batching import MicroBatch
 from tunesmith.data.packing import PackedBatch
 
 Batch = MicroBatch | PackedBatch
-
-
-@dataclass(frozen=True)
-class LossSum:
-    """``total``: sum of -log p over the trained tokens, scalar, float32 or float64; ``count``: how many."""
-
-    total: torch.Tensor
-    count: int
-
-
-def loss_sum(model: Any, batch: Batch, autocast: torch.dtype | None = None) -> LossSum:
-    """Sum of the token losses of a micro-batch, and their count."""
-    return LossSum(token_losses(model, batch, autocast).sum(), batch.trained_tokens)
 
 
 def token_losses(model: Any, batch: Batch, autocast: torch.dtype | None = None) -> torch.Tensor:

@@ -9,11 +9,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
 
 from tiny_models import tiny_model
+from token_rows import token_rows
 from tunesmith.data.packing import pack_rows, shared_prefix, split_packed
 from tunesmith.data.rendering import TokenizedExample
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.models.batches import prepare_packing
-from tunesmith.models.loss import loss_sum, token_losses
+from tunesmith.models.loss import token_losses
 from tunesmith.models.packed_attention import NAME
 
 CPU = torch.device("cpu")
@@ -30,11 +31,7 @@ ROWS = [row([20, 21, 22, 23], 2), row([30], 0), row([40, 41, 42, 43, 44, 45, 46]
 
 
 def as_split(rows: list[TokenizedExample]) -> TokenizedRows:
-    return TokenizedRows(
-        "rows", "0" * 64, np.concatenate([r.ids for r in rows]), np.concatenate([r.trained for r in rows]),
-        np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])]).astype(np.int64), ("rows",),
-        np.zeros(len(rows), np.int32), np.arange(len(rows), dtype=np.int32),
-    )  # fmt: skip
+    return token_rows([(r.ids.tolist(), r.trained.tolist()) for r in rows])
 
 
 def alone(model: torch.nn.Module, rows: list[TokenizedExample]) -> torch.Tensor:
@@ -91,10 +88,10 @@ def test_losses_and_every_gradient_equal_those_of_rows_alone(name: str, lora: bo
     assert packs, reason
     batch = pack_rows(ROWS, CPU)
     assert batch.layout.prefix == len(PREFIX)
-    found_loss = loss_sum(model, batch)
-    assert found_loss.count == 2 + 1 + 3 + 1
-    assert float(found_loss.total.detach()) == pytest.approx(float(wanted_loss.detach()), rel=1e-9)
-    for key, value in gradients(model, found_loss.total).items():
+    losses = token_losses(model, batch)
+    assert len(losses) == batch.trained_tokens == 2 + 1 + 3 + 1
+    assert float(losses.sum().detach()) == pytest.approx(float(wanted_loss.detach()), rel=1e-9)
+    for key, value in gradients(model, losses.sum()).items():
         assert float((value - wanted[key]).norm()) <= 1e-6 * float(wanted[key].norm()) + 1e-12, key
 
 
@@ -130,9 +127,9 @@ def test_any_rows_pack_to_the_same_loss(prefix: list[int], tails: list[tuple[lis
     with torch.no_grad():
         wanted = float(alone(model, rows))
         assert prepare_packing(model, as_split(ROWS), 2)[0]
-        found = loss_sum(model, pack_rows(rows, CPU))
-    assert float(found.total) == pytest.approx(wanted, rel=1e-9)
-    assert found.count == sum(int(r.trained.sum()) for r in rows)
+        found = token_losses(model, pack_rows(rows, CPU))
+    assert float(found.sum()) == pytest.approx(wanted, rel=1e-9)
+    assert len(found) == sum(int(r.trained.sum()) for r in rows)
 
 
 def test_the_prefix_ends_before_the_first_target_and_the_first_difference():

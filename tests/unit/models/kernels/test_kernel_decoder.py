@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from tiny_models import tiny_model
+from token_rows import token_rows
 from tunesmith.data.packing import PackedBatch, pack_rows
 from tunesmith.data.rendering import TokenizedExample
 from tunesmith.data.rows import TokenizedRows
@@ -40,11 +41,7 @@ ROWS = make_rows()
 
 
 def as_split(rows: list[TokenizedExample]) -> TokenizedRows:
-    return TokenizedRows(
-        "rows", "0" * 64, np.concatenate([r.ids for r in rows]), np.concatenate([r.trained for r in rows]),
-        np.concatenate([[0], np.cumsum([len(r.ids) for r in rows])]).astype(np.int64), ("rows",),
-        np.zeros(len(rows), np.int32), np.arange(len(rows), dtype=np.int32),
-    )  # fmt: skip
+    return token_rows([(r.ids.tolist(), r.trained.tolist()) for r in rows])
 
 
 def tiny(config_class: type[PreTrainedConfig], **extra: object) -> torch.nn.Module:
