@@ -1,9 +1,47 @@
-"""Metering of a transformers ``Trainer`` or any class derived from it."""
+"""What the runners of a transformers ``Trainer``, or any class derived from it, share: settings and metering."""
 
 from typing import Any
 
-from meter import IGNORED, Meter
+from meter import IGNORED, Job, Meter
 from transformers import TrainerCallback
+
+
+def adapter_settings(job: Job) -> dict[str, Any]:
+    """PEFT's ``LoraConfig`` as the job asks for it."""
+    return {
+        "r": job.rank,
+        "lora_alpha": job.alpha,
+        "lora_dropout": job.dropout,
+        "target_modules": list(job.targets),
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def step_settings(job: Job) -> dict[str, Any]:
+    """``TrainingArguments`` that say what a step is, and keep everything but training out of the run."""
+    return {
+        "output_dir": job.scratch,
+        "per_device_train_batch_size": job.micro_batch,
+        "gradient_accumulation_steps": job.accumulation,
+        "max_steps": job.steps,
+        "learning_rate": job.learning_rate,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def cpu_settings(job: Job) -> dict[str, Any]:
+    """Those of ``step_settings``, and the best for this CPU: float32, no gradient checkpointing, rows in order."""
+    return step_settings(job) | {
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "seed": job.seed,
+    }
 
 
 def metered(trainer_class: Any, meter: Meter) -> Any:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from hf_metering import StepEnds, metered
+from hf_metering import StepEnds, adapter_settings, cpu_settings, metered
 from meter import Meter, read_job
 from transformers import (
     AutoModelForCausalLM,
@@ -24,35 +24,13 @@ def main() -> None:
     if job.method == "lora":
         from peft import LoraConfig, get_peft_model
 
-        adapter = LoraConfig(
-            r=job.rank,
-            lora_alpha=job.alpha,
-            lora_dropout=job.dropout,
-            target_modules=list(job.targets),
-            task_type="CAUSAL_LM",
-        )
+        adapter = LoraConfig(**adapter_settings(job))
         model = get_peft_model(model, adapter)
     rows = [
         {"input_ids": row["ids"], "attention_mask": [1] * len(row["ids"]), "labels": row["labels"]}
         for row in job.read_rows()
     ]
-    settings = TrainingArguments(
-        output_dir=job.scratch,
-        per_device_train_batch_size=job.micro_batch,
-        gradient_accumulation_steps=job.accumulation,
-        max_steps=job.steps,
-        learning_rate=job.learning_rate,
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=job.seed,
-    )
+    settings = TrainingArguments(**cpu_settings(job))
     trainer = metered(Trainer, meter)(
         model=model,
         args=settings,

@@ -2,7 +2,7 @@
 
 import torch
 from datasets import Dataset
-from hf_metering import StepEnds, metered
+from hf_metering import StepEnds, adapter_settings, cpu_settings, metered
 from meter import Meter, read_job
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -15,31 +15,8 @@ def main() -> None:
     meter = Meter(job)
     set_seed(job.seed)
     rows = [{"input_ids": row["ids"], "labels": row["labels"]} for row in job.read_rows()]
-    adapter = LoraConfig(
-        r=job.rank,
-        lora_alpha=job.alpha,
-        lora_dropout=job.dropout,
-        target_modules=list(job.targets),
-        task_type="CAUSAL_LM",
-    )
-    settings = SFTConfig(
-        output_dir=job.scratch,
-        per_device_train_batch_size=job.micro_batch,
-        gradient_accumulation_steps=job.accumulation,
-        max_steps=job.steps,
-        max_length=None,
-        learning_rate=job.learning_rate,
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=job.seed,
-    )
+    adapter = LoraConfig(**adapter_settings(job))
+    settings = SFTConfig(max_length=None, **cpu_settings(job))
     trainer = metered(SFTTrainer, meter)(
         model=AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32),
         args=settings,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from datasets import Dataset
-from hf_metering import StepEnds, metered
+from hf_metering import StepEnds, metered, step_settings
 from meter import Meter, read_job
 from peft import LoraConfig
 from transformers import set_seed
@@ -20,17 +20,7 @@ def main() -> None:
     job = read_job()
     meter = Meter(job)
     set_seed(job.seed)
-    settings = SFTConfig(
-        output_dir=job.scratch,
-        per_device_train_batch_size=job.micro_batch,
-        gradient_accumulation_steps=job.accumulation,
-        max_steps=job.steps,
-        learning_rate=job.learning_rate,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
+    settings = SFTConfig(**step_settings(job))
     trainer = metered(SFTTrainer, meter)(
         model=job.model,
         args=settings,
