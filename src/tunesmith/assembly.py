@@ -166,6 +166,7 @@ def assemble(loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say) -> Assembly
             optimization.seed,
             sum(p.numel() * p.element_size() for p in trainable_parameters(model)),
         )
+        passes.reserve(memory.buffers)
     train_batches, eval_batches = _micro_batches(
         packs, memory, stops.token_ids[0], choose_device(), config.checkpoints.eval_batch_size_per_device
     )

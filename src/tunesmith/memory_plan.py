@@ -5,7 +5,7 @@ the kernels (``models/kernels/footprint.py``).
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from tunesmith.data.packing import Layout, shared_prefix, split_packed
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import RunError
 from tunesmith.models.kernels.decoder import Decoder
-from tunesmith.models.kernels.footprint import BatchShape, training_bytes
+from tunesmith.models.kernels.footprint import BatchShape, largest_buffers, training_bytes
 from tunesmith.training.loop import peak_memory_bytes
 
 # Computed tokens in a micro-batch. Matrix products are efficient from some hundred on; above the first, more tokens
@@ -27,10 +27,11 @@ _SLACK = 1.03  # what the allocator and the libraries' own workspaces take besid
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """``peak_bytes``: predicted highest resident memory of the process in training."""
+    """``peak_bytes``: predicted highest resident memory of the process in training; ``buffers``: elements of each."""
 
     token_budget: int
     peak_bytes: int
+    buffers: Mapping[str, int]
 
 
 def plan_memory(
@@ -50,11 +51,14 @@ def plan_memory(
     chosen = step_rows(len(rows), rows_per_step, seed, 1)[:_STEPS]
     added = 0
     for budget in TOKEN_BUDGETS:
-        shapes = [_shape(rows, group) for step in chosen for group in split_packed(rows, step, budget)]
+        shapes = _largest(
+            [_shape(rows, group) for step in chosen for group in split_packed(rows, step, budget)]
+        )
         # A gradient and two moments for each trained tensor.
-        added = int((3 * trained_bytes + training_bytes(decoder, _largest(shapes))) * _SLACK)
+        added = int((3 * trained_bytes + training_bytes(decoder, shapes)) * _SLACK)
         if free is None or added <= free:
-            return MemoryPlan(budget, max(peak_memory_bytes(), resident + added))
+            peak = max(peak_memory_bytes(), resident + added)
+            return MemoryPlan(budget, peak, largest_buffers(decoder, shapes))
     raise RunError(
         "this machine",
         f"training needs about {added / 1e9:.1f} GB more memory and {(free or 0) / 1e9:.1f} GB are free",

@@ -1,6 +1,7 @@
 """How losses and gradients of a micro-batch are computed: by the kernels, or by the model and autograd."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +66,10 @@ class KernelPasses:
 
     def __init__(self, model: Any) -> None:
         self._model, self._scratch = model, Scratch()
+
+    def reserve(self, buffers: Mapping[str, int]) -> None:
+        """Make the buffers at once that micro-batches of these sizes will take."""
+        self._scratch.reserve(buffers, next(self._model.parameters()))
 
     def losses(self, batch: Batch) -> torch.Tensor:
         assert isinstance(batch, PackedBatch)

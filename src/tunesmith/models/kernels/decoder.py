@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from tunesmith.data.packing import PackedBatch
-from tunesmith.models.kernels.attention import row_groups
+from tunesmith.models.kernels.arrangement import arrange
 from tunesmith.models.kernels.head import head_losses
 from tunesmith.models.kernels.layer import (
     Dropped,
@@ -89,7 +89,7 @@ def loss_and_gradients(decoder: Decoder, batch: PackedBatch, scale: float, scrat
                 input_gradient=number > first or _is_trained(decoder.embeddings),
             )  # fmt: skip
         if dx is not None and first == 0:
-            _embed_backward(decoder, batch, dx)
+            _embed_backward(decoder, batch, dx, scratch)
     return losses
 
 
@@ -114,7 +114,9 @@ def _state(
 
 def _tokens(decoder: Decoder, batch: PackedBatch) -> Tokens:
     cos, sin = decoder.rotary(decoder.norm.weight, batch.position_ids[None])
-    return Tokens(row_groups(batch.layout, batch.input_ids.device), cos[0][:, None], sin[0][:, None])
+    shapes = {layer.shape for layer in decoder.layers}
+    rows = {shape: arrange(batch.layout, shape, batch.input_ids.device) for shape in shapes}
+    return Tokens(rows, cos[0][:, None], sin[0][:, None])
 
 
 def _embed(decoder: Decoder, batch: PackedBatch, scratch: Scratch) -> torch.Tensor:
@@ -127,7 +129,7 @@ def _embed(decoder: Decoder, batch: PackedBatch, scratch: Scratch) -> torch.Tens
     return out
 
 
-def _embed_backward(decoder: Decoder, batch: PackedBatch, dx: torch.Tensor) -> None:
+def _embed_backward(decoder: Decoder, batch: PackedBatch, dx: torch.Tensor, scratch: Scratch) -> None:
     weight, adapter = decoder.embeddings.weight, decoder.embeddings.adapter
     whole = dx
     if decoder.untrained_token is not None:
@@ -135,14 +137,14 @@ def _embed_backward(decoder: Decoder, batch: PackedBatch, dx: torch.Tensor) -> N
         dx[batch.input_ids == decoder.untrained_token] = 0
     if weight.requires_grad:
         if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
+            weight.grad = scratch.gradient(weight).zero_()
         weight.grad.index_add_(0, batch.input_ids, dx)
     if adapter is not None and adapter.a.requires_grad:
         a = adapter.a.detach().index_select(1, batch.input_ids)
         add_gradient(adapter.b, torch.mm(a, whole).mul_(adapter.scale).t())
         da = torch.mm(dx, adapter.b.detach()).mul_(adapter.scale)
         if adapter.a.grad is None:
-            adapter.a.grad = torch.zeros_like(adapter.a)
+            adapter.a.grad = scratch.gradient(adapter.a).zero_()
         adapter.a.grad.index_add_(1, batch.input_ids, da.t().contiguous())
 
 

@@ -10,8 +10,13 @@ from tunesmith.models.kernels.dropout import draw_dropped
 from tunesmith.models.kernels.linear import Linear, adapter_dropout, project, project_backward
 from tunesmith.models.kernels.scratch import Scratch
 
-CHUNK = 256  # tokens: large enough for efficient products, 50 MB of logits for a vocabulary of 49,152
+_CHUNK = 384  # tokens: large enough for efficient products, 75 MB of logits for a vocabulary of 49,152
 _SMALLEST = 1e-20
+
+
+def chunk_size(tokens: int) -> int:
+    """Tokens of a chunk, all but the last of which are of one size: a small one would be an inefficient product."""
+    return -(-tokens // max(1, -(-tokens // _CHUNK))) or 1
 
 
 def head_losses(
@@ -33,13 +38,14 @@ def head_losses(
     """
     losses = torch.empty(len(targets), dtype=hidden.dtype, device=hidden.device)
     dhidden = None if gradient_scale is None else scratch.take("dhidden", tuple(hidden.shape), hidden)
-    for begin in range(0, len(targets), CHUNK):
-        part = slice(begin, begin + CHUNK)
+    size = chunk_size(len(targets))
+    for begin in range(0, len(targets), size):
+        part = slice(begin, begin + size)
         x, wanted = hidden[part], targets[part][:, None]
         logits = scratch.take("logits", (len(x), len(head.weight)), hidden)
         rate = adapter_dropout([head]) if gradient_scale is not None else 0.0
         dropped = draw_dropped(x.numel(), rate) if rate else None
-        state = project(x, [head], [logits], dropped, scratch)
+        state = project(x, [head], [logits], dropped)
         losses[part] = _to_probabilities(logits, wanted)
         if gradient_scale is not None and dhidden is not None:
             logits.scatter_add_(1, wanted, logits.new_full(wanted.shape, -1.0))

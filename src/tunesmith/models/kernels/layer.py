@@ -3,16 +3,17 @@
 x -> x + o(attention(rotate(q, k), v)), with q, k, v = projections of norm(x)
   -> y = x2 + down(silu(gate) * up), with gate, up = projections of norm(x2)
 
-Saved for the backward pass, in floats a token: x, x2 (width each), q, k, v, attention, gate and up. All else is
-computed again from these by cheap passes over memory.
+Saved for the backward pass, in floats a token: x, x2 (width each), q, k, v, attention, gate and up, and the
+probabilities of attention where rows are short. All else is computed again from these by cheap passes over memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from tunesmith.models.kernels.attention import RowGroup, Shape, attend_rows, attend_rows_backward
+from tunesmith.models.kernels.arrangement import Arrangement, Shape
+from tunesmith.models.kernels.attention import attend_rows, attend_rows_backward
 from tunesmith.models.kernels.dropout import draw_dropped
 from tunesmith.models.kernels.linear import AdapterState, Linear, adapter_dropout, project, project_backward
 from tunesmith.models.kernels.norm import rms_norm, rms_norm_backward
@@ -54,9 +55,10 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a layer must know of the flat list: rows, and cos and sin of positions, (tokens, 1, head size)."""
+    """What a layer must know of the flat list: its rows, for each shape of attention, and cos and sin of positions,
+    (tokens, 1, head size)."""
 
-    rows: Sequence[RowGroup]
+    rows: Mapping[Shape, Arrangement]
     cos: torch.Tensor
     sin: torch.Tensor
 
@@ -70,6 +72,7 @@ class Saved:
     inverse: torch.Tensor
     qkv: torch.Tensor
     qkv_adapter: AdapterState
+    probabilities: torch.Tensor | None
     attention: torch.Tensor
     output_adapter: AdapterState
     x2: torch.Tensor
@@ -78,6 +81,11 @@ class Saved:
     up: torch.Tensor
     gate_up_adapter: AdapterState
     down_adapter: AdapterState
+
+
+def saves_probabilities(layer: Layer, scores: int, tokens: int) -> bool:
+    """Whether they are no larger than gate and up: what is saved of a token does not grow with the length of rows."""
+    return scores <= 2 * tokens * int(layer.down.weight.shape[1])
 
 
 def draw_layer(layer: Layer, tokens: int, kept: int) -> Dropped:
@@ -111,12 +119,13 @@ def layer_forward(
     inverse = rms_norm(x, layer.attention_norm.weight.detach(), layer.attention_norm.epsilon, hidden)
     sizes = [len(part.weight) for part in layer.qkv]
     qkv = scratch.take(f"qkv {slot}", (count, sum(sizes)), x)
-    q, k, v = qkv.split(sizes, 1)
-    qkv_adapter = project(hidden, layer.qkv, (q, k, v), dropped.qkv, scratch)
-    for part in (q, k):
-        rotate(part.unflatten(1, (-1, layer.shape.size)), tokens.cos, tokens.sin, scratch)
-    attention = scratch.take("attention" if kept is not None else f"attention {slot}", tuple(q.shape), x)
-    attend_rows(q, k, v, tokens.rows, layer.shape, attention, scratch)
+    qkv_adapter = project(hidden, layer.qkv, qkv.split(sizes, 1), dropped.qkv)
+    rotate(_rotated(qkv, layer.shape), tokens.cos, tokens.sin, scratch)
+    attention = scratch.take("attention" if kept is not None else f"attention {slot}", (count, sizes[0]), x)
+    rows, probabilities = tokens.rows[layer.shape], None
+    if saves_probabilities(layer, rows.scores, count):
+        probabilities = scratch.take(f"probabilities {slot}", (rows.scores,), x)
+    attend_rows(qkv, rows, layer.shape, attention, probabilities, scratch)
     x2 = scratch.take(f"x2 {slot}", (len(y), width), x)
     if kept is None:
         x2.copy_(x)
@@ -124,20 +133,24 @@ def layer_forward(
         torch.index_select(x, 0, kept, out=x2)
         shape = (len(kept), attention.shape[1])
         attention = torch.index_select(attention, 0, kept, out=scratch.take(f"attention {slot}", shape, x))
-    output_adapter = project(attention, [layer.output], [x2], dropped.output, scratch, add=True)
+    seen = attention
+    if dropped.output is not None:
+        seen = scratch.take("seen", tuple(attention.shape), x).copy_(attention)
+    output_adapter = project(seen, [layer.output], [x2], dropped.output, add=True)
     hidden = scratch.take("hidden", tuple(x2.shape), x)
     inverse2 = rms_norm(x2, layer.mlp_norm.weight.detach(), layer.mlp_norm.epsilon, hidden)
     gate, up = (
         scratch.take(f"{name} {slot}", (len(x2), len(part.weight)), x)
         for name, part in zip(("gate", "up"), layer.gate_up, strict=True)
     )
-    gate_up_adapter = project(hidden, layer.gate_up, (gate, up), dropped.gate_up, scratch)
-    active = swiglu(gate, up, scratch.take("active", tuple(gate.shape), x))
+    gate_up_adapter = project(hidden, layer.gate_up, (gate, up), dropped.gate_up)
+    active = scratch.take("active", tuple(gate.shape), x)
+    swiglu(gate, up, active, active)
     y.copy_(x2)
-    down_adapter = project(active, [layer.down], [y], dropped.down, scratch, add=True)
+    down_adapter = project(active, [layer.down], [y], dropped.down, add=True)
     return Saved(
-        x, kept, inverse, qkv, qkv_adapter, attention, output_adapter, x2, inverse2, gate, up, gate_up_adapter,
-        down_adapter,
+        x, kept, inverse, qkv, qkv_adapter, probabilities, attention, output_adapter, x2, inverse2, gate, up,
+        gate_up_adapter, down_adapter,
     )  # fmt: skip
 
 
@@ -146,17 +159,19 @@ def layer_backward(
 ) -> torch.Tensor | None:
     """The gradient of the layer's input, from that of its output; gradients of what is trained go to ``.grad``.
 
-    ``dy`` and the saved gate and up are used up. The result stands in ``dy``'s memory, but for a last layer with
+    ``dy`` and the saved gate and attention are used up. The result stands in ``dy``'s memory, but for a last layer with
     ``kept``, where it has a buffer of its own. ``input_gradient``: whether anything before the layer is trained.
     """
     x2, gate, up = saved.x2, saved.gate, saved.up
-    active = swiglu(gate, up, scratch.take("active", tuple(gate.shape), dy))
-    dactive = scratch.take("dactive", tuple(gate.shape), dy)
+    active, switched, dactive = (
+        scratch.take(name, tuple(gate.shape), dy) for name in ("active", "switched", "dactive")
+    )
+    swiglu(gate, up, switched, active)
     project_backward([dy], active, [layer.down], saved.down_adapter, scratch, dactive)
-    swiglu_backward(dactive, gate, up, active)
+    swiglu_backward(dactive, gate, up, switched)
     dhidden = scratch.take("dhidden", tuple(x2.shape), dy)
     project_backward(
-        (gate, up), _normed(x2, saved.inverse2, layer.mlp_norm, scratch), layer.gate_up, saved.gate_up_adapter,
+        (gate, switched), _normed(x2, saved.inverse2, layer.mlp_norm, scratch), layer.gate_up, saved.gate_up_adapter,
         scratch, dhidden,
     )  # fmt: skip
     rms_norm_backward(dhidden, x2, saved.inverse2, layer.mlp_norm.weight, dy, scratch)
@@ -167,20 +182,24 @@ def layer_backward(
         dattention = _spread(dattention, saved.kept, count, "dattention of all", scratch)
         dy = _spread(dy, saved.kept, count, "dx of all", scratch)
     dqkv = scratch.take("dqkv", tuple(saved.qkv.shape), dy)
-    (q, k, v), (dq, dk, dv) = saved.qkv.split(sizes, 1), dqkv.split(sizes, 1)
-    attend_rows_backward(dattention, q, k, v, tokens.rows, layer.shape, dq, dk, dv, scratch)
-    for part in (dq, dk):
-        rotate_backward(part.unflatten(1, (-1, layer.shape.size)), tokens.cos, tokens.sin, scratch)
+    rows = tokens.rows[layer.shape]
+    attend_rows_backward(dattention, saved.qkv, rows, layer.shape, dqkv, saved.probabilities, scratch)
+    rotate_backward(_rotated(dqkv, layer.shape), tokens.cos, tokens.sin, scratch)
     norm_trained = layer.attention_norm.weight.requires_grad
     dhidden = scratch.take("dhidden", tuple(saved.x.shape), dy) if input_gradient or norm_trained else None
     project_backward(
-        (dq, dk, dv), _normed(saved.x, saved.inverse, layer.attention_norm, scratch), layer.qkv, saved.qkv_adapter,
-        scratch, dhidden,
+        dqkv.split(sizes, 1), _normed(saved.x, saved.inverse, layer.attention_norm, scratch), layer.qkv,
+        saved.qkv_adapter, scratch, dhidden,
     )  # fmt: skip
     if dhidden is None:
         return None
     rms_norm_backward(dhidden, saved.x, saved.inverse, layer.attention_norm.weight, dy, scratch)
     return dy
+
+
+def _rotated(qkv: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """A view of the queries and keys, shape (tokens, heads + groups, size)."""
+    return qkv.view(-1, shape.vectors, shape.size)[:, : shape.heads + shape.groups]
 
 
 def _normed(x: torch.Tensor, inverse: torch.Tensor, norm: Norm, scratch: Scratch) -> torch.Tensor:

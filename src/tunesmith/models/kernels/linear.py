@@ -50,14 +50,15 @@ def adapter_dropout(group: Sequence[Linear]) -> float:
 
 def project(
     x: torch.Tensor, group: Sequence[Linear], outs: Sequence[torch.Tensor], dropped: torch.Tensor | None,
-    scratch: Scratch, *, add: bool = False,
+    *, add: bool = False,
 ) -> AdapterState:  # fmt: skip
     """Write each layer's output into its ``out``, or add it to what is there.
 
     Args:
         x: shape (tokens, in), contiguous.
         outs: one a layer, shape (tokens, out), rows contiguous in themselves.
-        dropped: places of the flat ``x`` that the adapters do not see, from ``draw_dropped``; None: no dropout.
+        dropped: places of the flat ``x`` that the adapters do not see, from ``draw_dropped``: there ``x`` is set to 0.
+            None: no dropout.
         add: add to ``outs``, as for a residual.
     """
     for layer, out in zip(group, outs, strict=True):
@@ -72,7 +73,8 @@ def project(
     if not adapted:
         return AdapterState(dropped, None)
     stacked = _stack([adapter for adapter, _ in adapted])
-    z = torch.mm(_without(x, dropped, scratch), stacked.t())
+    _drop(x, dropped)
+    z = torch.mm(x, stacked.t())
     for (adapter, out), part in zip(adapted, _parts(z, adapted), strict=True):
         out.addmm_(part, adapter.b.detach().t(), alpha=_factor(adapter, dropped))
     return AdapterState(dropped, z)
@@ -84,13 +86,13 @@ def project_backward(
 ) -> None:  # fmt: skip
     """Write the gradient of ``x`` into ``dx`` (None: not wanted) and add to ``.grad`` of what is trained.
 
-    ``scale`` multiplies the outputs' gradients ``dys``, which are left as they are.
+    ``scale`` multiplies the outputs' gradients ``dys``, which are left as they are; ``x`` is used up.
     """
     for number, (layer, dy) in enumerate(zip(group, dys, strict=True)):
         if dx is not None:
             dx.addmm_(dy, layer.weight.detach(), beta=1 if number else 0, alpha=scale)
         if layer.weight.requires_grad:
-            add_product(layer.weight, dy.t(), x, scale)
+            add_product(layer.weight, dy.t(), x, scale, scratch)
         if layer.bias is not None and layer.bias.requires_grad:
             add_gradient(layer.bias, dy.sum(0).mul_(scale))
     adapted = [(layer.adapter, dy) for layer, dy in zip(group, dys, strict=True) if layer.adapter]
@@ -105,7 +107,8 @@ def project_backward(
             add_gradient(adapter.b, torch.mm(z.t(), dy).mul_(factor).t())
     adapters = [adapter for adapter, _ in adapted]
     if adapters[0].a.requires_grad:
-        gradient = torch.mm(dz.t(), _without(x, state.dropped, scratch))
+        _drop(x, state.dropped)
+        gradient = torch.mm(dz.t(), x)
         for adapter, rows in zip(adapters, gradient.split([len(a.a) for a in adapters]), strict=True):
             add_gradient(adapter.a, rows)
     if dx is None:
@@ -114,26 +117,25 @@ def project_backward(
     if state.dropped is None:
         dx.addmm_(dz, stacked)
         return
-    seen = torch.mm(dz, stacked, out=scratch.take("seen", tuple(x.shape), x))
-    seen.view(-1).index_fill_(0, state.dropped, 0)
+    seen = torch.mm(dz, stacked, out=x)
+    _drop(seen, state.dropped)
     dx.add_(seen)
 
 
-def add_product(parameter: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float = 1.0) -> None:
+def add_product(
+    parameter: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float, scratch: Scratch
+) -> None:
     """Add alpha a b to ``parameter.grad`` without a copy of its own."""
     if parameter.grad is None:
-        parameter.grad = torch.empty_like(parameter)
+        parameter.grad = scratch.gradient(parameter)
         parameter.grad.addmm_(a, b, beta=0, alpha=alpha)
     else:
         parameter.grad.addmm_(a, b, alpha=alpha)
 
 
-def _without(x: torch.Tensor, dropped: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-    if dropped is None:
-        return x
-    seen = scratch.take("seen", tuple(x.shape), x).copy_(x)
-    seen.view(-1).index_fill_(0, dropped, 0)
-    return seen
+def _drop(x: torch.Tensor, dropped: torch.Tensor | None) -> None:
+    if dropped is not None:
+        x.view(-1).index_fill_(0, dropped, 0)
 
 
 def _factor(adapter: Adapter, dropped: torch.Tensor | None) -> float:

@@ -15,7 +15,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.T
     As in transformers, a wider type than float32 is narrowed to it for the statistics.
     """
     exact = x.to(torch.float32)
-    inverse = torch.linalg.vecdot(exact, exact).div_(x.shape[-1]).add_(epsilon).rsqrt_()[:, None]
+    # By the norm: a product of rows by themselves would be a tensor of its own.
+    squares = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_()
+    inverse = squares.div_(x.shape[-1]).add_(epsilon).rsqrt_()
     if exact.dtype == out.dtype:
         torch.mul(exact, inverse, out=out)
     else:
@@ -38,10 +40,11 @@ def rms_norm_backward(
     """
     inverse = inverse.to(x.dtype)
     normed = torch.mul(x, inverse, out=scratch.take("normed", tuple(x.shape), x))
+    product = torch.mul(dh, normed, out=scratch.take("norm product", tuple(x.shape), x))
     if weight.requires_grad:
-        add_gradient(weight, torch.einsum("tw,tw->w", dh, normed))
+        add_gradient(weight, product.sum(0))
     dh.mul_(weight.detach())
-    mean = torch.linalg.vecdot(dh, normed)[:, None].div_(x.shape[-1])
+    mean = torch.mv(product, weight.detach())[:, None].div_(x.shape[-1])
     dx.addcmul_(dh, inverse).addcmul_(normed, mean.mul_(inverse), value=-1)
 
 

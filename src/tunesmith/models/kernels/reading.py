@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tunesmith.models.kernels.attention import Shape
+from tunesmith.models.kernels.arrangement import Shape
 from tunesmith.models.kernels.decoder import Decoder
 from tunesmith.models.kernels.layer import Layer, Norm
 from tunesmith.models.kernels.linear import Adapter, Linear

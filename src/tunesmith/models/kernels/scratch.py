@@ -5,6 +5,7 @@ computing it. Buffers that live as long as the run cost that once, and their sum
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -17,6 +18,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._gradients: dict[int, torch.Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """A contiguous tensor of ``shape`` with the dtype and device of ``like``; its content is undefined."""
@@ -26,6 +28,21 @@ class Scratch:
             self._buffers.pop(key, None)  # freed before its successor is made
             self._buffers[key] = buffer = torch.empty(size, dtype=like.dtype, device=like.device)
         return buffer[:size].view(shape)
+
+    def reserve(self, sizes: Mapping[str, int], like: torch.Tensor) -> None:
+        """Make buffers of these many elements at once, so that none need grow."""
+        for name, size in sizes.items():
+            self.take(name, (size,), like)
+
+    def gradient(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Memory for the gradient of a tensor that lives as long as this, laid out as the tensor, the same each time.
+
+        A fused optimizer walks through both in the order of memory.
+        """
+        found = self._gradients.get(id(parameter))
+        if found is None:
+            self._gradients[id(parameter)] = found = torch.empty_like(parameter)
+        return found
 
     def elements(self) -> dict[str, int]:
         """Elements of each buffer that holds any."""

@@ -6,16 +6,14 @@ With s = silu(g): du = da * s and dg = da * u * silu'(g).
 import torch
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up into ``out``; all of one shape."""
-    torch.ops.aten.silu.out(gate, out=out)
-    return out.mul_(up)
+def swiglu(gate: torch.Tensor, up: torch.Tensor, switched: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """silu(gate) into ``switched`` and silu(gate) * up into ``out``, which may be one; all of one shape."""
+    torch.ops.aten.silu.out(gate, out=switched)
+    return torch.mul(switched, up, out=out)
 
 
-def swiglu_backward(da: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, scratch: torch.Tensor) -> None:
-    """Turn ``gate`` and ``up`` into their gradients, in place; ``da`` is used up."""
-    torch.ops.aten.silu.out(gate, out=scratch)
-    scratch.mul_(da)  # du
+def swiglu_backward(da: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, switched: torch.Tensor) -> None:
+    """Turn ``gate`` into its gradient and ``switched``, silu(gate), into that of ``up``; ``da`` is used up."""
+    switched.mul_(da)
     da.mul_(up)
     torch.ops.aten.silu_backward.grad_input(da, gate, grad_input=gate)
-    up.copy_(scratch)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.packing import Layout
-from tunesmith.models.kernels import attention as kernel_attention
-from tunesmith.models.kernels.attention import Shape, attend_rows, attend_rows_backward, row_groups
+from tunesmith.models.kernels import arrangement as kernel_arrangement
+from tunesmith.models.kernels.arrangement import Shape, arrange
+from tunesmith.models.kernels.attention import attend_rows, attend_rows_backward
 from tunesmith.models.kernels.dropout import draw_dropped
 from tunesmith.models.kernels.head import head_losses
 from tunesmith.models.kernels.linear import Adapter, Linear, project, project_backward
@@ -53,8 +54,9 @@ def plain_attention(
     suffixes=st.lists(st.integers(0, 9), min_size=1, max_size=5),
     window=st.none() | st.integers(1, 6),
     block=st.integers(2, 6),
+    saves=st.booleans(),
 )
-def test_attention_of_any_rows(prefix: int, suffixes: list[int], window: int | None, block: int):
+def test_attention_of_any_rows(prefix: int, suffixes: list[int], window: int | None, block: int, saves: bool):
     layout = Layout(prefix, tuple(suffixes))
     total = prefix + sum(suffixes)
     if total == 0:
@@ -69,12 +71,15 @@ def test_attention_of_any_rows(prefix: int, suffixes: list[int], window: int | N
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     wanted = plain_attention(*leaves, layout, shape)
     wanted.backward(dout)
-    out, scratch, groups = torch.empty_like(q), Scratch(), row_groups(layout, CPU)
+    out, scratch, qkv = torch.empty_like(q), Scratch(), torch.cat([q, k, v], 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel_attention, "_QUERY_BLOCK", block)
-        attend_rows(q, k, v, groups, shape, out, scratch)
-        found = [torch.empty_like(t) for t in (q, k, v)]
-        attend_rows_backward(dout, q, k, v, groups, shape, *found, scratch)
+        patch.setattr(kernel_arrangement, "QUERY_BLOCK", block)
+        arrangement = arrange(layout, shape, CPU)
+    saved = torch.empty(arrangement.scores, dtype=q.dtype) if saves else None
+    attend_rows(qkv, arrangement, shape, out, saved, scratch)
+    dqkv = torch.empty_like(qkv)
+    attend_rows_backward(dout, qkv, arrangement, shape, dqkv, saved, scratch)
+    found = dqkv.split([12, 6, 6], 1)
     assert torch.allclose(out, wanted.detach(), rtol=1e-10, atol=1e-12)
     for mine, leaf in zip(found, leaves, strict=True):
         assert leaf.grad is not None
@@ -83,12 +88,12 @@ def test_attention_of_any_rows(prefix: int, suffixes: list[int], window: int | N
 
 def test_swiglu_and_its_gradient():
     gate, up, da = random(5, 7), random(5, 7, seed=1), random(5, 7, seed=2)
-    leaves = [t.clone().requires_grad_() for t in (gate, up)]
+    leaves, switched = [t.clone().requires_grad_() for t in (gate, up)], torch.empty_like(gate)
     wanted = leaves[0] * torch.sigmoid(leaves[0]) * leaves[1]
     wanted.backward(da)
-    assert torch.allclose(swiglu(gate, up, torch.empty_like(gate)), wanted.detach(), rtol=1e-12)
-    swiglu_backward(da.clone(), gate, up, torch.empty_like(gate))
-    for mine, leaf in zip((gate, up), leaves, strict=True):
+    assert torch.allclose(swiglu(gate, up, switched, torch.empty_like(gate)), wanted.detach(), rtol=1e-12)
+    swiglu_backward(da.clone(), gate, up, switched)
+    for mine, leaf in zip((gate, switched), leaves, strict=True):
         assert leaf.grad is not None
         assert torch.allclose(mine, leaf.grad, rtol=1e-10)
 
@@ -149,9 +154,9 @@ def test_layers_of_a_group_share_a_mask(dropped: list[int] | None):
     outs = [torch.empty(6, 4, dtype=torch.float64), torch.empty(6, 3, dtype=torch.float64)]
     places = None if dropped is None else torch.tensor(dropped)
     scratch = Scratch()
-    state = project(x, group, outs, places, scratch)
+    state = project(x.clone(), group, outs, places)
     dx = torch.empty_like(x)
-    project_backward(dys, x, group, state, scratch, dx, scale=3.0)
+    project_backward(dys, x.clone(), group, state, scratch, dx, scale=3.0)
     for mine, theirs in zip([*outs, dx], [*wanted, leaf.grad], strict=True):
         assert torch.allclose(mine, theirs.detach(), rtol=1e-10, atol=1e-12)
     for p, gradient in zip(trained, gradients, strict=True):
@@ -159,7 +164,7 @@ def test_layers_of_a_group_share_a_mask(dropped: list[int] | None):
 
 
 def test_the_head_in_chunks_and_losses_too_large_for_a_probability(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tunesmith.models.kernels.head.CHUNK", 4)
+    monkeypatch.setattr("tunesmith.models.kernels.head._CHUNK", 4)
     hidden, weight = random(11, 6), random(9, 6, seed=1).mul_(3).requires_grad_()
     targets = torch.arange(11) % 9
     hidden[5] = weight.detach()[0] * 200  # its target, 5, has a probability that underflows
