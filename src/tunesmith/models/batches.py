@@ -10,9 +10,9 @@ from tunesmith.data.packing import pack_rows, split_packed
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.models.loss import Batch, token_losses
 from tunesmith.models.packed_attention import NAME, register
+from tunesmith.models.probe import TOLERANCE, probe_rows
 
 MicroBatches = Callable[[TokenizedRows, Sequence[int]], Iterator[Batch]]
-_TOLERANCE = 1e-4
 
 
 def packed_batches(token_budget: int, device: torch.device, most_rows: int | None = None) -> MicroBatches:
@@ -56,18 +56,18 @@ def prepare_packing(model: Any, rows: TokenizedRows, pad_token_id: int) -> tuple
     if before != "sdpa":
         return False, f"padded rows: this model's attention is {before}"
     device = next(model.parameters()).device
-    probe = sorted(range(len(rows)), key=lambda i: int(rows.lengths[i]))[:2]
-    padded = padded_batches(1, pad_token_id, device)
+    probe = probe_rows(rows)
     register()
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            wanted = torch.cat([_losses(model, padded, rows, [row]) for row in probe])
+            padded = [pad_rows([row], pad_token_id, device) for row in probe]
+            wanted = torch.cat([token_losses(model, batch) for batch in padded])
             model.set_attn_implementation(NAME)
-            found = _losses(model, packed_batches(2**31, device), rows, probe)
+            found = token_losses(model, pack_rows(probe, device))
         difference = float((wanted - found).abs().max())
-        if difference <= _TOLERANCE:
+        if difference <= TOLERANCE:
             return True, "packed rows: no padding, shared prefixes computed once"
         reason = f"packing would change losses by up to {difference:.1e}"
     except (NotImplementedError, TypeError, ValueError, RuntimeError, KeyError) as error:
@@ -76,7 +76,3 @@ def prepare_packing(model: Any, rows: TokenizedRows, pad_token_id: int) -> tuple
         model.train(was_training)
     model.set_attn_implementation(before)
     return False, f"padded rows: {reason}"
-
-
-def _losses(model: Any, batches: MicroBatches, rows: TokenizedRows, chosen: Sequence[int]) -> torch.Tensor:
-    return torch.cat([token_losses(model, batch) for batch in batches(rows, chosen)])

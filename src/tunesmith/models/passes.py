@@ -14,8 +14,7 @@ from tunesmith.models.kernels.decoder import token_losses as kernel_losses
 from tunesmith.models.kernels.reading import UnreadableError, read_decoder
 from tunesmith.models.kernels.scratch import Scratch
 from tunesmith.models.loss import Batch, token_losses
-
-_TOLERANCE = 1e-4
+from tunesmith.models.probe import TOLERANCE, probe_rows
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,12 @@ def choose_passes(
         return plain, "autograd: rows are not packed"
     if autocast is not None:
         return plain, f"autograd: products are {autocast}"
-    shortest = sorted(range(len(rows)), key=lambda i: int(rows.lengths[i]))[:2]
-    probe = pack_rows([rows.row(i) for i in shortest], next(model.parameters()).device)
+    probe = pack_rows(probe_rows(rows), next(model.parameters()).device)
     kernels = KernelPasses(model)
     try:
         difference = float((kernels.losses(probe) - plain.losses(probe)).abs().max())
     except UnreadableError as error:
         return plain, f"autograd: {error}"
-    if not difference <= _TOLERANCE:
+    if not difference <= TOLERANCE:
         return plain, f"autograd: the kernels would change losses by up to {difference:.1e}"
     return kernels, "kernels: each layer forward and backward by hand"

@@ -16,6 +16,7 @@ from tunesmith.data.rows import TokenizedRows
 from tunesmith.models.batches import prepare_packing
 from tunesmith.models.loss import token_losses
 from tunesmith.models.packed_attention import NAME
+from tunesmith.models.probe import probe_rows
 
 CPU = torch.device("cpu")
 PREFIX = [7, 8, 9, 10, 11]
@@ -201,3 +202,12 @@ def test_a_prepared_model_still_answers_ordinary_calls():
             plain.generate(ids[:1], max_new_tokens=5, do_sample=False),
             prepared.generate(ids[:1], max_new_tokens=5, do_sample=False),
         )
+
+
+def test_long_rows_are_probed_by_their_opening_and_their_last_targets():
+    ids = np.arange(300, dtype=np.int32)
+    trained = (ids >= 100) & (ids < 280)
+    found = probe_rows(as_split([TokenizedExample(ids, trained), row([5, 6], 1)]))
+    assert found[0].ids.tolist() == [*PREFIX, 5, 6]
+    assert found[1].ids.tolist() == [*range(24), *range(240, 280)]
+    assert found[1].trained.tolist() == [False] * 24 + [True] * 40

@@ -71,7 +71,8 @@ def attend_rows_backward(
         of_prefix = flat[: arrangement.prefix, begin : begin + shape.groups].transpose(0, 1)
         for place, rows in arrangement.shared:
             by_row = all_gradients[place].view(rows, shape.groups, -1, shape.size)
-            of_prefix += by_row[:, :, : arrangement.prefix].sum(0)
+            repeats = by_row[:, :, : arrangement.prefix]
+            of_prefix += repeats[0] if rows == 1 else repeats.sum(0)
 
 
 def _gathered(
