@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/smollm2-135m-lora.yaml
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: run test test-all check format install install-dev clean
+.PHONY: run test test-all torture check format install install-dev clean
 
 run: install  ## fine-tune the default model on the shipped data
 	$(BIN)/python main.py $(CONFIG)
@@ -15,6 +15,9 @@ test: install-dev  ## every test but the slow ones on the real model
 
 test-all: install-dev  ## the slow ones too
 	$(BIN)/python -m pytest
+
+torture: install-dev  ## kill 200 runs at random instants, resume them, compare every bit (20 minutes)
+	$(BIN)/python tests/torture/torture.py --instants 200
 
 check: install-dev  ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from tunesmith.config.load import DEFAULT_LEARNING_RATE, LoadedConfig
-from tunesmith.config.schema import Evaluation, GenerationConfig, LoraMethod, RepoId
+from tunesmith.config.schema import Evaluation, GenerationConfig, LoraMethod
 from tunesmith.data.conversation import detect_task
 from tunesmith.data.lengths import fit_to_length
 from tunesmith.data.prompt_format import chat_template
@@ -19,7 +19,7 @@ from tunesmith.evaluation.answers import read_questions
 from tunesmith.evaluation.heldout import check_expected
 from tunesmith.evaluation.score import HeldOut
 from tunesmith.forwarding import refuse_unusable_place
-from tunesmith.memory_plan import MemoryPlan, plan_memory
+from tunesmith.memory_plan import TOKEN_BUDGETS, MemoryPlan, plan_memory
 from tunesmith.models.base import (
     BaseFolder,
     choose_device,
@@ -40,7 +40,7 @@ from tunesmith.models.method import (
 )
 from tunesmith.models.passes import KernelPasses, Passes, choose_passes
 from tunesmith.models.stops import Stops, find_stops
-from tunesmith.starting_points import adapter_to_continue, weights_id
+from tunesmith.starting_points import Origin, adapter_to_continue, origin_of, weights_id
 from tunesmith.training.schedule import StepPlan, plan_steps
 
 DEFAULT_TRAIN_ROWS = 8
@@ -83,7 +83,7 @@ class Assembly:
     train_batches: MicroBatches
     eval_batches: MicroBatches
     batches_reason: str
-    parent: str | None
+    origin: Origin
 
 
 def template_of(settings: GenerationConfig) -> str | None:
@@ -133,8 +133,12 @@ def assemble_text(loaded: LoadedConfig, *, weights: bool, skip_bad_rows: bool, s
     return TextParts(base, tokenizer, renderer, splits, context_length, limit)
 
 
-def assemble(loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say) -> Assembly:
+def assemble(
+    loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say, token_budget: int | None = None
+) -> Assembly:
     """Everything a run needs; nothing has been written yet.
+
+    ``token_budget`` is that of a run to go on with: another cut into micro-batches gives other last bits.
 
     Raises:
         ConfigError, DataError, ModelError: what the configuration names cannot be used.
@@ -147,7 +151,7 @@ def assemble(loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say) -> Assembly
     optimization = config.optimization
     batch = rows_per_step(optimization.train_batch_size_per_device, optimization.gradient_accumulation_steps)
     plan = plan_steps(len(fitted.train), batch, optimization.num_epochs, optimization.min_update_steps)
-    kind, model, autocast, dtype_reason, parent = _load(loaded, text)
+    kind, model, autocast, dtype_reason, origin = _load(loaded, text)
     stops = find_stops(
         text.tokenizer,
         model.generation_config,
@@ -165,6 +169,7 @@ def assemble(loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say) -> Assembly
             batch,
             optimization.seed,
             sum(p.numel() * p.element_size() for p in trainable_parameters(model)),
+            TOKEN_BUDGETS if token_budget is None else (token_budget,),
         )
         passes.reserve(memory.buffers)
     train_batches, eval_batches = _micro_batches(
@@ -188,7 +193,7 @@ def assemble(loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say) -> Assembly
         train_batches=train_batches,
         eval_batches=eval_batches,
         batches_reason=batches_reason,
-        parent=parent,
+        origin=origin,
     )
 
 
@@ -277,7 +282,7 @@ def _questions(path: str, settings: Evaluation, text: TextParts, rows: Any) -> H
 
 def _load(
     loaded: LoadedConfig, text: TextParts
-) -> tuple[Literal["lora", "full"], Any, torch.dtype | None, str, str | None]:
+) -> tuple[Literal["lora", "full"], Any, torch.dtype | None, str, Origin]:
     settings, method = loaded.config.model, loaded.config.method
     device = choose_device()
     dtype, reason = choose_dtype(settings.precision, device)
@@ -285,12 +290,11 @@ def _load(
     # Trained weights stay float32: in bfloat16 a small step would round to nothing.
     weights_dtype = dtype if isinstance(method, LoraMethod) else torch.float32
     model = load_model(text.base, dtype=weights_dtype, device=device, context_length=text.context_length)
-    parent = None
+    folder = None
     if isinstance(method, LoraMethod):
         start = settings.initial_adapter_model_ckpt_path
         given, place = method.lora_config, loaded.place("lora_config")
         folder = adapter_to_continue(start, text.base, given, place) if start is not None else None
-        parent = str(start.repo_id if isinstance(start, RepoId) else start) if start is not None else None
         model = prepare_lora(
             model,
             given,
@@ -300,11 +304,10 @@ def _load(
         )
     else:
         model = prepare_full(model)
-    if settings.initial_base_model_ckpt_path is not None:
-        parent = text.base.model_id
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    return ("lora" if isinstance(method, LoraMethod) else "full"), model, autocast, reason, parent
+    kind: Literal["lora", "full"] = "lora" if isinstance(method, LoraMethod) else "full"
+    return kind, model, autocast, reason, origin_of(settings, text.base, folder)
 
 
 def _micro_batches(

@@ -51,9 +51,31 @@ def cli() -> None:
 @click.option(
     "--default", "default", is_flag=True, help="Choose everything but model_id and train_path, saying why."
 )
+@click.option(
+    "--resume",
+    metavar="RUN|auto",
+    help="Go on with an interrupted run: its folder or name; auto: one of CONFIG.",
+)
+@click.option(
+    "--force-resume", is_flag=True, help="Go on even where the result's bits would be others; marks the run."
+)
 @_SKIP
-def finetune(config: str | None, overrides: tuple[str, ...], default: bool, skip_bad_rows: bool) -> None:
-    """Fine-tune as CONFIG says: a path, or the name of a shipped configuration."""
+def finetune(
+    config: str | None,
+    overrides: tuple[str, ...],
+    default: bool,
+    resume: str | None,
+    force_resume: bool,
+    skip_bad_rows: bool,
+) -> None:
+    """Fine-tune as CONFIG says: a path, or the name of a shipped configuration.
+
+    With --resume RUN the CONFIG may be left out: it is then the run's own.
+    """
+    if config is None and resume not in (None, "auto"):
+        from tunesmith.resuming import find_run_folder
+
+        config = str(find_run_folder(str(resume), Path("./outputs")) / "config.yaml")
     if config is None and not default:
         raise ConfigError("CONFIG", "is missing", "name a YAML file, or give --default with --set model_id=…")
     loaded, console = _load(config, overrides, default), _console()
@@ -63,7 +85,7 @@ def finetune(config: str | None, overrides: tuple[str, ...], default: bool, skip
         print_settings(console, loaded)
     from tunesmith.run import finetune as run
 
-    run(loaded, console, skip_bad_rows=skip_bad_rows)
+    run(loaded, console, skip_bad_rows=skip_bad_rows, resume=resume, force_resume=force_resume)
 
 
 @cli.command()
@@ -165,13 +187,61 @@ def merge(run: str, output: Path, data: str | None, base: str | None, output_dir
 
 
 @cli.command()
+@click.argument("run")
+@click.option(
+    "--steps", type=click.IntRange(1), default=5, show_default=True, help="At most so many steps again."
+)
 @_OUTPUTS
 @_JSON
-def models(output_dirs: tuple[Path, ...], as_json: bool) -> None:
+def verify(run: str, steps: int, output_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """Check every hash of RUN, and compute a stretch of it again: are the bits the same?"""
+    from tunesmith.resuming import find_run_folder
+    from tunesmith.verification import print_proof, verify_run
+
+    folder, console = find_run_folder(run, output_dirs[0]), _console(stderr=as_json)
+    proof = verify_run(folder, steps, lambda text: console.print(text, markup=False, soft_wrap=True))
+    if as_json:
+        _print_json(proof.facts())
+    else:
+        print_proof(console, proof)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--step", type=int, required=True, help="Optimizer step, from 1.")
+@_OUTPUTS
+@_JSON
+def inspect(run: str, step: int, output_dirs: tuple[Path, ...], as_json: bool) -> None:
+    """Which rows were in a step of RUN: line in the file, tokens, text."""
+    from tunesmith.inspection import inspect_step, print_step
+
+    console = _console(stderr=as_json)
+    view = inspect_step(
+        run, step, output_dirs, lambda text: console.print(text, markup=False, soft_wrap=True)
+    )
+    if as_json:
+        _print_json(view.facts())
+    else:
+        print_step(console, view)
+
+
+@cli.command()
+@click.option("--lineage", metavar="TAG", help="Print what TAG was trained from, back to the base weights.")
+@_OUTPUTS
+@_JSON
+def models(lineage: str | None, output_dirs: tuple[Path, ...], as_json: bool) -> None:
     """What has been trained here: tag, base, method, best loss, size, path."""
-    from tunesmith.checkpoints.listing import listing_facts, print_runs
+    from tunesmith.checkpoints.lineage import trace
+    from tunesmith.checkpoints.listing import listing_facts, print_lineage, print_runs
     from tunesmith.checkpoints.locate import list_runs
 
+    if lineage is not None:
+        chain = trace(lineage, output_dirs)
+        if as_json:
+            _print_json(chain.facts())
+        else:
+            print_lineage(_console(), chain)
+        return
     runs = list_runs(output_dirs)
     if as_json:
         _print_json([listing_facts(run) for run in runs])

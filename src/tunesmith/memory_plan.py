@@ -35,14 +35,16 @@ class MemoryPlan:
 
 
 def plan_memory(
-    decoder: Decoder, rows: TokenizedRows, rows_per_step: int, seed: int, trained_bytes: int
-) -> MemoryPlan:
+    decoder: Decoder, rows: TokenizedRows, rows_per_step: int, seed: int, trained_bytes: int,
+    token_budgets: Sequence[int] = TOKEN_BUDGETS,
+) -> MemoryPlan:  # fmt: skip
     """The largest token budget whose run fits.
 
     Args:
         decoder: the loaded model, its adapter attached.
         rows, rows_per_step, seed: they decide what stands in a micro-batch.
         trained_bytes: bytes of the trained tensors.
+        token_budgets: those to choose from, the largest first.
 
     Raises:
         RunError: even one row at a time does not fit.
@@ -50,7 +52,7 @@ def plan_memory(
     resident, free = resident_bytes(), available_bytes()
     chosen = step_rows(len(rows), rows_per_step, seed, 1)[:_STEPS]
     added = 0
-    for budget in TOKEN_BUDGETS:
+    for budget in token_budgets:
         shapes = _largest(
             [_shape(rows, group) for step in chosen for group in split_packed(rows, step, budget)]
         )

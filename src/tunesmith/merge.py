@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tunesmith.checkpoints.atomic import whole_folder
+from tunesmith.checkpoints.lineage import parent_of
 from tunesmith.checkpoints.manifest import hash_files, write_manifest
 from tunesmith.data.conversation import Problem, iter_examples
 from tunesmith.data.rendering import RenderingError, TrainOn
@@ -46,6 +47,8 @@ def merge_to_folder(servable: Servable, output: Path, data: str | None, console:
                 servable.manifest,
                 method="full",
                 parent=servable.manifest.tag,
+                parent_adapter=parent_of(servable.folder),
+                parent_base=None,
                 created=datetime.now(UTC).isoformat(),
                 files=hash_files(folder),
             )

@@ -5,32 +5,43 @@ This module and ``cli`` are the only ones that unpack a configuration.
 
 import math
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
+from rich.text import Text
 
-from tunesmith.assembly import assemble
-from tunesmith.checkpoints.manifest import FORMAT, FileStamp, Manifest, read_manifest
+from tunesmith.assembly import Assembly, assemble
+from tunesmith.checkpoints.lock import locked
+from tunesmith.checkpoints.manifest import FORMAT, BaseWeights, FileStamp, Manifest, read_manifest
+from tunesmith.checkpoints.signature import check_keys
+from tunesmith.checkpoints.store import TRAINING
 from tunesmith.config.load import LoadedConfig
 from tunesmith.errors import Interrupted, NonFiniteError, TunesmithError
 from tunesmith.evaluation.heldout import perplexity
 from tunesmith.evaluation.score import HeldOut, score_heldout
 from tunesmith.models.lora import without_fresh_adapter
-from tunesmith.models.method import base_is_without_adapter, restore, save_servable, trainable_parameters
-from tunesmith.run_open import open_run
-from tunesmith.run_record import (
-    Run,
-    Totals,
-    data_facts,
-    make_record,
-    make_samples,
-    run_started,
-    start_notices,
+from tunesmith.models.method import base_is_without_adapter, is_finite, restore, save_servable
+from tunesmith.resuming import (
+    ResumePoint,
+    differences,
+    find_run_folder,
+    other_settings,
+    refuse,
+    resume_point,
+    unfinished_run,
 )
-from tunesmith.run_result import forward_best, leave_report
+from tunesmith.run_open import base_weights, open_run
+from tunesmith.run_record import Run, data_facts, make_record, make_samples, run_started, start_notices
+from tunesmith.run_result import forward_best, leave_report, print_ways_on
+from tunesmith.run_state import RunState, environment_of, write_state
+from tunesmith.run_steps import kept_tensors, make_optimizer, put_back, steps_after
+from tunesmith.run_totals import Totals
 from tunesmith.tracking.environment import seconds_since_process_start, versions
 from tunesmith.tracking.events import (
     CheckpointEvent,
@@ -43,38 +54,91 @@ from tunesmith.tracking.events import (
     Score,
 )
 from tunesmith.tracking.summary import print_summary
-from tunesmith.training.loop import train_steps
 from tunesmith.training.memory_errors import memory_errors
-from tunesmith.training.optim import adamw
-from tunesmith.training.schedule import learning_rate_at
+from tunesmith.training.state import named_trainable, save_training_state
 from tunesmith.training.stop import StopRequest, StopRequested, stop_on_signals, terminate_as_interrupt
 
 
-def finetune(loaded: LoadedConfig, console: Console, *, skip_bad_rows: bool = False) -> RunRecord:
+def finetune(
+    loaded: LoadedConfig,
+    console: Console,
+    *,
+    skip_bad_rows: bool = False,
+    resume: str | None = None,
+    force_resume: bool = False,
+) -> RunRecord:
     """Fine-tune as the configuration says.
 
     Leaves ``{output_dir}/{run}/`` with checkpoints, ``best/``, metrics and report; for LoRA also the copy
     that the server finds.
 
+    Args:
+        resume: a run's folder or name to go on with; "auto": the newest unfinished run of this configuration, or
+            a new one where there is none.
+        force_resume: go on even where the bits of the result would be others, and mark the run.
+
     Raises:
         TunesmithError: any of its kinds; what was saved before stays good.
     """
     started = time.perf_counter()
-    with terminate_as_interrupt(), memory_errors():
-        parts = assemble(
-            loaded,
-            skip_bad_rows=skip_bad_rows,
-            say=lambda text: console.print(text, markup=False, soft_wrap=True),
-        )
-        run = open_run(loaded, parts, console, started)
-        record = _carry_out_and_report(run)
-        print_summary(console, record)
-        forward_best(run, record, console)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    check_keys()
+    with terminate_as_interrupt(), memory_errors(), ExitStack() as held:
+        folder = _folder_to_resume(loaded, resume)
+        point = None
+        if folder is not None:
+            held.enter_context(locked(folder))
+            point = resume_point(folder)
+            if not force_resume:
+                refuse(folder, other_settings(point, loaded.resolved()))
+        budget = point.state.token_budget if point and point.state else None
+        parts = assemble(loaded, skip_bad_rows=skip_bad_rows, say=say, token_budget=budget)
+        base = base_weights(parts.text.base)
+        totals = _totals(point, loaded, parts, base, force_resume=force_resume)
+        run = open_run(loaded, parts, base, console, started, point)
+        if folder is None:
+            held.enter_context(locked(run.folder))
+        record = _carry_out_and_report(run, totals)
+        # Before the report says that the run is finished: what ends in between is done when it is resumed.
+        try:
+            note = forward_best(run)
+        finally:
+            leave_report(run, record)
+            print_summary(console, record)
+        if note:
+            console.print(Text(note), soft_wrap=True)
+        print_ways_on(run, console)
     return record
 
 
-def _carry_out_and_report(run: Run) -> RunRecord:
-    totals = Totals()
+def _folder_to_resume(loaded: LoadedConfig, resume: str | None) -> Path | None:
+    output_dir = Path(loaded.config.output.output_dir).expanduser()
+    if resume == "auto":
+        return unfinished_run(output_dir, loaded.resolved())
+    return find_run_folder(resume, output_dir) if resume is not None else None
+
+
+def _totals(
+    point: ResumePoint | None, loaded: LoadedConfig, parts: Assembly, base: BaseWeights, *, force_resume: bool
+) -> Totals:
+    """Where counting begins. Raises ConfigError where the run cannot go on to the same bits and must."""
+    if point is None:
+        return Totals()
+    found = differences(
+        point, loaded.resolved(), data_facts(parts), base, environment_of(parts), _budget(parts)
+    )
+    if not force_resume:
+        refuse(point.folder, found)
+    totals = point.state.totals if point.state else Totals()
+    totals.resumed_at += (point.step,)
+    totals.forced += tuple(found)
+    return totals
+
+
+def _carry_out_and_report(run: Run, totals: Totals) -> RunRecord:
     try:
         with run.track:
             record = _carry_out(run, totals)
@@ -87,7 +151,6 @@ def _carry_out_and_report(run: Run) -> RunRecord:
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(str(run.folder), f"stopped after step {totals.steps}", _kept(run)) from error
         raise
-    leave_report(run, record)
     return record
 
 
@@ -96,13 +159,13 @@ def _carry_out(run: Run, totals: Totals) -> RunRecord:
     for notice in start_notices(run):
         run.track.emit(Notice(notice))
     checkpoints, heldout = run.config.checkpoints, run.parts.heldout
-    before: list[str] = []
-    if heldout and (checkpoints.eval_first or checkpoints.evaluation):
-        is_fresh = run.parts.parent is None and base_is_without_adapter(run.parts.model)
+    before = list(run.resumed.state.answers_before) if run.resumed and run.resumed.state else []
+    if heldout and (checkpoints.eval_first or checkpoints.evaluation) and totals.before is None:
+        is_fresh = run.parts.origin.name is None and base_is_without_adapter(run.parts.model)
         with without_fresh_adapter(run.parts.model, is_fresh=is_fresh):
             totals.before, before = _score(run, heldout, "Before")
     with stop_on_signals() as stop:
-        _train(run, totals, stop)
+        _train(run, totals, before, stop)
         run.store.publish_best()
     if stop.signal_name:
         raise Interrupted(str(run.folder), f"{stop.signal_name} after step {totals.steps}", _kept(run))
@@ -131,34 +194,14 @@ def _kept(run: Run) -> str:
     return f"the best checkpoint is {best.path}" if best else "nothing had been saved yet"
 
 
-def _train(run: Run, totals: Totals, stop: StopRequest) -> None:
+def _train(run: Run, totals: Totals, before: Sequence[str], stop: StopRequest) -> None:
     parts, settings = run.parts, run.config.optimization
-    parameters = trainable_parameters(parts.model)
-    optimizer = adamw(
-        parameters,
-        betas=settings.optimizer.adam_betas,
-        epsilon=settings.optimizer.adam_epsilon,
-        weight_decay=settings.optimizer.weight_decay,
-    )
-    steps = train_steps(
-        parts.passes,
-        parameters,
-        parts.text.splits.train,
-        parts.plan,
-        optimizer,
-        learning_rate_at=lambda step: learning_rate_at(
-            step,
-            peak=parts.peak_rate,
-            kind=settings.lr_scheduler_type,
-            warmup_steps=settings.num_warmup_steps,
-            total_steps=parts.plan.total_steps,
-        ),
-        max_grad_norm=settings.optimizer.max_grad_norm,
-        micro_batches=parts.train_batches,
-        seed=settings.seed,
-        started=run.started,
-    )
-    totals.seconds_to_first_step = seconds_since_process_start()
+    optimizer = make_optimizer(parts, settings)
+    if run.resumed is not None and run.resumed.checkpoint is not None:
+        put_back(parts, optimizer, run.resumed.checkpoint)
+    steps = steps_after(parts, settings, optimizer, totals.steps, run.started)
+    if totals.seconds_to_first_step is None:
+        totals.seconds_to_first_step = seconds_since_process_start()
     try:
         for event in steps:
             totals.add(event)
@@ -166,10 +209,10 @@ def _train(run: Run, totals: Totals, stop: StopRequest) -> None:
             ends_epoch = event.step % parts.plan.steps_per_epoch == 0
             if _is_due(run, event.step) and not stop.signal_name:
                 _evaluate(run, totals, stop)
-            if _is_due(run, event.step) or stop.signal_name:
-                _save(run, totals)
             if ends_epoch:
                 run.track.emit(totals.end_epoch())
+            if _is_due(run, event.step) or stop.signal_name:
+                _save(run, totals, optimizer, before)
             if stop.signal_name:
                 return
     except NonFiniteError as error:
@@ -210,9 +253,9 @@ def _evaluate(run: Run, totals: Totals, stop: StopRequest) -> None:
     run.track.emit(totals.evaluation)
 
 
-def _save(run: Run, totals: Totals) -> None:
+def _save(run: Run, totals: Totals, optimizer: torch.optim.Optimizer, before: Sequence[str]) -> None:
     parts, evaluation = run.parts, totals.evaluation
-    if not all(bool(tensor.isfinite().all()) for tensor in trainable_parameters(parts.model)):
+    if not is_finite(parts.model):
         raise NonFiniteError(f"step {totals.steps}", "a trained weight is not finite", "lower learning_rate")
     if evaluation is not None and evaluation.step != totals.steps:
         evaluation = None  # of an earlier step: says nothing about these weights
@@ -233,22 +276,34 @@ def _save(run: Run, totals: Totals) -> None:
             eval_loss=evaluation.eval_loss if evaluation else None,
             metrics=metrics,
             config=run.loaded.resolved(),
-            data=data_facts(run),
+            data=data_facts(parts),
             versions=versions(),
             created=datetime.now(UTC).isoformat(),
-            parent=parts.parent,
+            parent=parts.origin.name,
+            parent_adapter=parts.origin.adapter,
+            parent_base=parts.origin.base,
+            seed=run.config.optimization.seed,
+            code_version=versions()["tunesmith"],
+            environment=environment_of(parts) | {"micro-batch tokens": _budget(parts)},
             files=files,
         )
 
-    saved = run.store.save(
-        totals.steps,
-        lambda folder: save_servable(
-            parts.model, parts.kind, parts.text.tokenizer, folder, parts.text.base.model_id
-        ),
-        manifest,
-        score,
-    )
+    def write(folder: Path) -> None:
+        save_servable(parts.model, parts.kind, parts.text.tokenizer, folder, parts.text.base.model_id)
+        (folder / TRAINING).mkdir()
+        save_training_state(folder / TRAINING, named_trainable(parts.model), optimizer, kept_tensors(parts))
+        seconds = totals.earlier_seconds + time.perf_counter() - run.started
+        state = RunState(
+            replace(totals, earlier_seconds=seconds), tuple(before), _budget(parts), environment_of(parts)
+        )
+        write_state(folder, state)
+
+    saved = run.store.save(totals.steps, write, manifest, score)
     run.track.emit(CheckpointEvent(saved.step, str(saved.path), saved.is_best, saved.seconds))
+
+
+def _budget(parts: Assembly) -> int | None:
+    return parts.memory.token_budget if parts.memory else None
 
 
 def _score(

@@ -1,14 +1,17 @@
 """The start of a run: names, its folder, its trackers."""
 
+import json
 import os
 import shutil
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
 
 from tunesmith.assembly import Assembly
-from tunesmith.checkpoints.atomic import write_text
+from tunesmith.checkpoints.atomic import write_json, write_text
 from tunesmith.checkpoints.manifest import BaseWeights, fingerprint_weights
 from tunesmith.checkpoints.naming import model_tag, new_run_folder
 from tunesmith.checkpoints.store import CheckpointStore, Mode
@@ -16,43 +19,78 @@ from tunesmith.config.load import LoadedConfig
 from tunesmith.config.schema import Logger
 from tunesmith.models.base import BaseFolder
 from tunesmith.models.catalog import CATALOG
+from tunesmith.resuming import ResumePoint
 from tunesmith.run_record import Run
 from tunesmith.tracking.events import Sink
 from tunesmith.tracking.fanout import Fanout
-from tunesmith.tracking.sinks import open_sinks
+from tunesmith.tracking.jsonl import rewind
+from tunesmith.tracking.sinks import open_sinks, tracker_ids
+
+_NAMES = "run.json"
 
 
-def open_run(loaded: LoadedConfig, parts: Assembly, console: Console, started: float) -> Run:
-    """Make the run's folder with its ``config.yaml``, and open its trackers.
+@dataclass(frozen=True)
+class Names:
+    """What a run is called, here and by its trackers; stored as ``run.json``, so that it stays."""
+
+    tag: str
+    trackers: dict[str, str] = field(default_factory=dict)
+
+
+def open_run(
+    loaded: LoadedConfig,
+    parts: Assembly,
+    base: BaseWeights,
+    console: Console,
+    started: float,
+    resumed: ResumePoint | None,
+) -> Run:
+    """Make the run's folder with its ``config.yaml``, or take up that of ``resumed``, and open its trackers.
 
     Raises:
         OutputError: the folder cannot be written.
-        ConfigError: a tracker cannot be opened; no folder is left then.
+        ConfigError: a tracker cannot be opened; no new folder is left then.
     """
     output, checkpoints = loaded.config.output, loaded.config.checkpoints
     model_id = loaded.config.model.model_id
     output_dir = Path(output.output_dir).expanduser()
-    tag = output.custom_model_tag or model_tag(model_id)
-    folder = new_run_folder(output_dir, model_id, parts.kind, datetime.now())
-    try:
-        write_text(folder / "config.yaml", loaded.as_yaml())
-        sinks = _sinks(output.logger, folder, output_dir, tag, console)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    names = _names(resumed) or Names(output.custom_model_tag or model_tag(model_id))
+    if resumed is not None:
+        folder = resumed.folder
+        rewind(folder / "metrics.jsonl", resumed.step)
+        sinks = _sinks(output.logger, folder, output_dir, names, console)
+    else:
+        folder = new_run_folder(output_dir, model_id, parts.kind, datetime.now())
+        try:
+            write_text(folder / "config.yaml", loaded.as_yaml())
+            sinks = _sinks(output.logger, folder, output_dir, names, console)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    write_json(folder / _NAMES, Names(names.tag, names.trackers | tracker_ids(sinks)))
     mode: Mode = "min" if checkpoints.best_metric == "eval_loss" else "max"
     return Run(
         loaded=loaded,
         parts=parts,
         name=folder.name,
-        tag=tag,
+        tag=names.tag,
         folder=folder,
         store=CheckpointStore(folder, checkpoints.num_checkpoints_to_keep, mode),
         track=Fanout(sinks),
-        base=base_weights(parts.text.base),
+        base=base,
         tracker_url=next((url for sink in sinks if (url := getattr(sink, "url", None))), None),
         started=started,
+        resumed=resumed,
     )
+
+
+def _names(resumed: ResumePoint | None) -> Names | None:
+    if resumed is None:
+        return None
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads((resumed.folder / _NAMES).read_text(encoding="utf-8"))
+        return Names(str(found["tag"]), dict(found["trackers"]))
+    return Names(resumed.manifest.tag) if resumed.manifest else None
 
 
 def base_weights(base: BaseFolder) -> BaseWeights:
@@ -63,9 +101,12 @@ def base_weights(base: BaseFolder) -> BaseWeights:
     return BaseWeights(source, base.revision, files, fingerprint)
 
 
-def _sinks(logger: Logger | None, folder: Path, output_dir: Path, tag: str, console: Console) -> list[Sink]:
+def _sinks(
+    logger: Logger | None, folder: Path, output_dir: Path, names: Names, console: Console
+) -> list[Sink]:
     settings = logger.provider_config.model_dump() if logger else {}
-    settings["run_name"] = settings.get("run_name") or tag
+    settings["run_name"] = settings.get("run_name") or names.tag
+    settings["resumed"] = names.trackers
     if logger and logger.provider == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
         # MLflow's own default is a database in the current folder, which its small package cannot open.
         settings["tracking_uri"] = settings["tracking_uri"] or str((output_dir / "mlruns").resolve())

@@ -1,4 +1,4 @@
-"""The facts of one run: what it is, what adds up while it goes on, and the record made of them."""
+"""The facts of one run: what it is, and the record made of them."""
 
 import math
 import time
@@ -16,16 +16,10 @@ from tunesmith.evaluation.answers import Question
 from tunesmith.evaluation.heldout import perplexity
 from tunesmith.memory_plan import MemoryPlan
 from tunesmith.models.method import count_parameters
+from tunesmith.resuming import ResumePoint
+from tunesmith.run_totals import Totals
 from tunesmith.tracking.environment import machine, versions
-from tunesmith.tracking.events import (
-    EpochEvent,
-    EvalEvent,
-    RunRecord,
-    RunStarted,
-    SampleAnswer,
-    Score,
-    StepEvent,
-)
+from tunesmith.tracking.events import RunRecord, RunStarted, SampleAnswer
 from tunesmith.tracking.fanout import Fanout
 from tunesmith.training.loop import peak_memory_bytes
 
@@ -46,47 +40,11 @@ class Run:
     base: BaseWeights
     tracker_url: str | None  # where the run can be watched
     started: float
+    resumed: ResumePoint | None  # where an earlier process left off
 
     @property
     def config(self) -> RunConfig:
         return self.loaded.config
-
-
-@dataclass
-class Totals:
-    """What changes over the steps of a run."""
-
-    steps: int = 0
-    epoch: int = 1
-    train_seconds: float = 0.0
-    real_tokens: int = 0
-    trained_tokens: int = 0
-    epoch_loss: float = 0.0
-    epoch_tokens: int = 0
-    epoch_seconds: float = 0.0
-    epoch_eval_seconds: float = 0.0
-    seconds_to_first_step: float | None = None
-    evaluation: EvalEvent | None = None  # the last one
-    before: Score | None = None
-    after: Score | None = None
-
-    def add(self, event: StepEvent) -> None:
-        """Count one optimizer step."""
-        self.steps, self.epoch = event.step, event.epoch
-        self.train_seconds += event.train_time_per_step
-        self.epoch_seconds += event.train_time_per_step
-        self.real_tokens += event.real_tokens
-        self.trained_tokens += event.trained_tokens
-        self.epoch_loss += event.train_loss_batch * event.trained_tokens
-        self.epoch_tokens += event.trained_tokens
-
-    def end_epoch(self) -> EpochEvent:
-        """The epoch's figures; counting starts anew."""
-        mean = self.epoch_loss / self.epoch_tokens
-        event = EpochEvent(self.epoch, self.steps, mean, self.epoch_seconds, self.epoch_eval_seconds)
-        self.epoch_loss, self.epoch_tokens = 0.0, 0
-        self.epoch_seconds, self.epoch_eval_seconds = 0.0, 0.0
-        return event
 
 
 def run_started(run: Run) -> RunStarted:
@@ -124,6 +82,14 @@ def run_started(run: Run) -> RunStarted:
 
 def start_notices(run: Run) -> Iterator[str]:
     """What a user should know before the first step: settings that cannot act, rows that are left out."""
+    if run.resumed is not None:
+        yield from run.resumed.notices
+        place = (
+            f"step {run.resumed.step} ({run.resumed.checkpoint})"
+            if run.resumed.checkpoint
+            else "the beginning"
+        )
+        yield f"resumed from {place}"
     yield from config_notices(run.loaded, run.parts.plan.total_steps)
     if run.tracker_url:
         yield f"W&B run: {run.tracker_url}"
@@ -170,9 +136,9 @@ def make_samples(
     return tuple(SampleAnswer(q.shown, q.expected, old, new) for q, old, new in rows)
 
 
-def data_facts(run: Run) -> dict[str, dict[str, Any]]:
+def data_facts(parts: Assembly) -> dict[str, dict[str, Any]]:
     """Path, digest and rows of each split."""
-    splits, heldout = run.parts.text.splits, run.parts.heldout
+    splits, heldout = parts.text.splits, parts.heldout
     named = {"train": splits.train, "valid": splits.valid, "test": heldout.rows if heldout else None}
     if named["test"] is named["valid"]:
         named["test"] = None
@@ -205,7 +171,7 @@ def make_record(
         steps=totals.steps,
         epochs=run.parts.plan.epochs,
         rows=len(run.parts.text.splits.train),
-        wall_seconds=time.perf_counter() - run.started,
+        wall_seconds=totals.earlier_seconds + time.perf_counter() - run.started,
         seconds_to_first_step=totals.seconds_to_first_step,
         real_tokens=totals.real_tokens,
         trained_tokens=totals.trained_tokens,
@@ -224,5 +190,7 @@ def make_record(
         samples=samples,
         versions=versions(),
         machine=machine(),
-        data=data_facts(run),
+        data=data_facts(run.parts),
+        resumed_at=totals.resumed_at,
+        forced=totals.forced,
     )

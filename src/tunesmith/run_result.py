@@ -23,22 +23,25 @@ def leave_report(run: Run, record: RunRecord) -> None:
     write_report(run.folder, record, read_events(run.folder / "metrics.jsonl"))
 
 
-def forward_best(run: Run, record: RunRecord, console: Console) -> None:
-    """Copy a LoRA run's best checkpoint to ``{storage}/lora_fine_tuning/{tag}``, and say how to go on.
+def forward_best(run: Run) -> str | None:
+    """Copy a LoRA run's best checkpoint to ``{storage}/lora_fine_tuning/{tag}``; what to say of it.
 
     Raises:
         CheckpointError: the copy could not be made; the run itself is complete.
     """
-    if record.method == "lora":
-        settings = run.config.output.forward_checkpoint_config
-        tag = settings.tag or run.tag
-        try:
-            path = forward(run.folder / BEST, forward_storage(run.config.output), tag)
-        except TunesmithError as error:
-            kept = f"{error.remedy}; the run is complete, its best checkpoint is {run.folder / BEST}"
-            raise CheckpointError(error.place, error.fault, kept) from error
-        note = f"Note: LoRA weights will also be stored in path {path} under {tag} bucket."
-        console.print(Text(note), soft_wrap=True)
+    if run.parts.kind != "lora":
+        return None
+    tag = run.config.output.forward_checkpoint_config.tag or run.tag
+    try:
+        path = forward(run.folder / BEST, forward_storage(run.config.output), tag)
+    except TunesmithError as error:
+        kept = f"{error.remedy}; the run is complete, its best checkpoint is {run.folder / BEST}"
+        raise CheckpointError(error.place, error.fault, kept) from error
+    return f"Note: LoRA weights will also be stored in path {path} under {tag} bucket."
+
+
+def print_ways_on(run: Run, console: Console) -> None:
+    """Where the report is, and how to talk to the model."""
     console.print(Text(f"Report: {run.folder / 'report.md'}"), soft_wrap=True)
     chat = _chat_command(run.tag, run.config.output.output_dir)
     console.print(Text(f"Chat with it: {chat}"), style="bold", soft_wrap=True)

@@ -1,16 +1,51 @@
 """Where training starts, if not at the model's own weights: another checkpoint, or an adapter to continue."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.checkpoints.lineage import parent_of
 from tunesmith.checkpoints.locate import locate_model
+from tunesmith.checkpoints.manifest import Parent
 from tunesmith.config.schema import ModelSettings, RepoId
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.models.base import BaseFolder, fetch_from_hub
 from tunesmith.models.servable import check_base, verified_manifest
 
 _ADAPTER_FILES = ["*.json", "*.jinja", "adapter_model.safetensors"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run goes on from; all None where it is base weights that no checkpoint of ours holds.
+
+    Attributes:
+        name: the adapter or else the base checkpoint, as the configuration names it.
+        adapter, base: what is recorded of each, where it has a manifest.
+    """
+
+    name: str | None
+    adapter: Parent | None
+    base: Parent | None
+
+
+def origin_of(settings: ModelSettings, base: BaseFolder, adapter: Path | None) -> Origin:
+    """What the manifests of a run say of its parents. To be asked when they are loaded: later they may be others.
+
+    Args:
+        settings: as the configuration has them.
+        base: the weights that were loaded; a folder of ``model_id`` with a manifest counts as a checkpoint too.
+        adapter: the folder of the adapter that is continued, see ``adapter_to_continue``.
+
+    Raises:
+        CheckpointError: a manifest cannot be read, or is not signed where it must be.
+    """
+    start = settings.initial_adapter_model_ckpt_path
+    name = str(start.repo_id if isinstance(start, RepoId) else start) if start is not None else None
+    if name is None and settings.initial_base_model_ckpt_path is not None:
+        name = base.model_id
+    return Origin(name, parent_of(adapter) if adapter is not None else None, parent_of(base.path))
 
 
 def weights_id(settings: ModelSettings) -> str:

@@ -69,6 +69,8 @@ def test_files_a_run_leaves(method, request):
     assert checkpoint_steps(run)[-1] == found["steps"] == 6
     assert [event["step"] for event in events(run, "step")] == [1, 2, 3, 4, 5, 6]
     assert {
+        ".lock",
+        "run.json",
         "checkpoints",
         "best",
         "config.yaml",

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tunesmith.run
+import tunesmith.run_steps
 from flow_parts import (
     LORA,
     checkpoint_steps,
@@ -114,15 +115,16 @@ def test_ctrl_c_saves_the_last_step_and_ends_the_run(tmp_path, tiny, rows):
 
 
 def signal_in(monkeypatch, name: str, number: int, call: int) -> None:
-    """Let the process get a signal at the given call of ``tunesmith.run.NAME``."""
-    original, calls = getattr(tunesmith.run, name), itertools.count(1)
+    """Let the process get a signal at the given call of a function of the run."""
+    owner = tunesmith.run if hasattr(tunesmith.run, name) else tunesmith.run_steps
+    original, calls = getattr(owner, name), itertools.count(1)
 
     def wrapped(*arguments, **more):
         if next(calls) == call:
             signal.raise_signal(number)
         return original(*arguments, **more)
 
-    monkeypatch.setattr(tunesmith.run, name, wrapped)
+    monkeypatch.setattr(owner, name, wrapped)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,13 @@ def locate_model(reference: str, output_dirs: Sequence[Path]) -> Path | None:
     return next(iter(models.values()), None) or _model_of_run(named[0])
 
 
+def run_status(folder: Path) -> str | None:
+    """The status in the run's report: "finished", "interrupted" or "failed"; None where there is no readable one."""
+    with suppress(OSError, ValueError, RecursionError):
+        return _text(_report(folder), "status")
+    return None
+
+
 def list_runs(output_dirs: Sequence[Path]) -> list[RunListing]:
     """Every run in ``output_dirs``, newest first; damaged ones are listed with that status."""
     listings = [_listing(run) for run in _runs(output_dirs)]

@@ -1,25 +1,28 @@
 """What a checkpoint is: the ``tunesmith.json`` in its folder, and the check that the folder still agrees.
 
 The manifest says from which base weights, settings and data a checkpoint came, and lists every other
-file of the folder with its size and SHA-256, so that damage is found before anything is loaded.
+file of the folder with its size and SHA-256, so that damage is found before anything is loaded. Where keys are
+configured it is signed, see ``signature.py``.
 """
 
 import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.checkpoints.atomic import REAL, FileOps, write_json
+from tunesmith.checkpoints.signature import check_signature, sign, signature_of
 from tunesmith.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 MANIFEST_NAME = "tunesmith.json"
+SIGNATURE_NAME = signature_of(Path(MANIFEST_NAME)).name
 FORMAT = 1
 _USE_ANOTHER = "use another checkpoint or save it again"
 
@@ -43,6 +46,17 @@ class BaseWeights:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """A checkpoint that training went on from, known again wherever it lies."""
+
+    tag: str
+    run: str
+    step: int
+    manifest_sha256: str  # of its tunesmith.json, as sha256sum gives it
+    folder: str  # where it lay, by its full path
+
+
+@dataclass(frozen=True)
 class Manifest:
     """One checkpoint; stored as ``tunesmith.json``, whose keys are these fields."""
 
@@ -60,9 +74,14 @@ class Manifest:
     data: Mapping[str, Mapping[str, Any]]  # split -> {path, sha256, rows}
     versions: Mapping[str, str]
     created: str  # ISO 8601 with its offset, UTC
-    parent: str | None  # tag or digest of the checkpoint that was continued
+    parent: str | None  # the checkpoint that was continued, as the configuration names it
     files: Mapping[str, FileStamp]  # path relative to the folder, with "/" -> stamp
     score: float | None = None  # what checkpoints are ranked by; set by CheckpointStore.save
+    parent_adapter: Parent | None = None  # the adapter that was continued
+    parent_base: Parent | None = None  # the checkpoint that the base weights are
+    seed: int | None = None  # of the order of rows, dropout and new weights
+    code_version: str | None = None  # of tunesmith; None: one that did not record these last fields
+    environment: Mapping[str, Any] = field(default_factory=dict)  # what else decides the last bits
 
     def __post_init__(self) -> None:
         if datetime.fromisoformat(self.created).tzinfo is None:
@@ -75,7 +94,7 @@ class Manifest:
 
 
 def hash_files(folder: Path) -> dict[str, FileStamp]:
-    """Stamp every file under ``folder`` but the manifest, sorted by name.
+    """Stamp every file under ``folder`` but the manifest and its signature, sorted by name.
 
     Raises:
         CheckpointError: something in it is a link or not a regular file, or cannot be read.
@@ -86,12 +105,14 @@ def hash_files(folder: Path) -> dict[str, FileStamp]:
 
 
 def write_manifest(folder: Path, manifest: Manifest, *, fs: FileOps = REAL) -> None:
-    """Write ``manifest`` into ``folder``; NaN and infinite numbers become null.
+    """Write ``manifest`` into ``folder``, signed where a key is configured; NaN and infinite numbers become null.
 
     Raises:
         CheckpointError, OutputError: as ``write_text``.
+        ConfigError: the key cannot be used.
     """
     write_json(folder / MANIFEST_NAME, manifest, fs=fs)
+    sign(folder / MANIFEST_NAME, fs=fs)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -100,40 +121,35 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: there is none, it is damaged, or a newer tunesmith wrote it.
     """
-    path = folder / MANIFEST_NAME
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text)["format"]
-        if type(found) is not int:
-            raise TypeError("format is not an integer")
-        if found > FORMAT:
-            fault = f"written by a newer tunesmith (format {found}; this one reads up to {FORMAT})"
-            raise CheckpointError(str(path), fault, "install a newer tunesmith")
-        manifest = _adapter().validate_json(text, strict=True)
-        _refuse_escaping(manifest.files)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            str(folder), f"no {MANIFEST_NAME} in it, so it is no whole checkpoint", _USE_ANOTHER
-        ) from error
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        # pydantic's ValidationError and json's and UTF-8's errors are ValueErrors.
-        fault = f"damaged ({_first_line(error)})"
-        raise CheckpointError(str(path), fault, _USE_ANOTHER) from error
-    return manifest
+    return _parsed(folder, _content(folder))
 
 
-def verify(folder: Path) -> None:
-    """Check that ``folder`` holds exactly the files its manifest lists, bit for bit.
+def identified(folder: Path) -> tuple[Manifest, str]:
+    """The manifest of the checkpoint in ``folder`` and the SHA-256 of its file; its signature is checked.
+
+    Raises:
+        CheckpointError: as ``read_manifest`` and ``check_signature``.
+        ConfigError: the key to check with cannot be used.
+    """
+    content = _content(folder)
+    check_signature(folder / MANIFEST_NAME, content)
+    return _parsed(folder, content), hashlib.sha256(content).hexdigest()
+
+
+def verify(folder: Path) -> Manifest:
+    """Check that ``folder`` holds exactly the files its manifest lists, bit for bit; return the manifest.
 
     Raises:
         CheckpointError: naming the first file that is missing, of other size, a stranger, or of other
-            content; or as ``read_manifest``.
+            content; or as ``identified``.
+        ConfigError: the key to check its signature with cannot be used.
     """
-    manifest = read_manifest(folder)
+    manifest, _ = identified(folder)
     verify_sizes(folder, manifest)
     for name, stamp in sorted(manifest.files.items()):
         if _sha256(folder / name) != stamp.sha256:
             raise CheckpointError(str(folder / name), "its content is not what was saved", _USE_ANOTHER)
+    return manifest
 
 
 def verify_sizes(folder: Path, manifest: Manifest) -> None:
@@ -171,13 +187,43 @@ def fingerprint_weights(files: Sequence[Path]) -> tuple[dict[str, str], str]:
     return digests, hashlib.sha256(lines.encode()).hexdigest()
 
 
+def _content(folder: Path) -> bytes:
+    path = folder / MANIFEST_NAME
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            str(folder), f"no {MANIFEST_NAME} in it, so it is no whole checkpoint", _USE_ANOTHER
+        ) from error
+    except OSError as error:
+        raise CheckpointError(str(path), f"damaged ({_first_line(error)})", _USE_ANOTHER) from error
+
+
+def _parsed(folder: Path, content: bytes) -> Manifest:
+    path = folder / MANIFEST_NAME
+    try:
+        text = content.decode("utf-8")
+        found = json.loads(text)["format"]
+        if type(found) is not int:
+            raise TypeError("format is not an integer")
+        if found > FORMAT:
+            fault = f"written by a newer tunesmith (format {found}; this one reads up to {FORMAT})"
+            raise CheckpointError(str(path), fault, "install a newer tunesmith")
+        manifest = _adapter().validate_json(text, strict=True)
+        _refuse_escaping(manifest.files)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        # pydantic's ValidationError and json's and UTF-8's errors are ValueErrors.
+        raise CheckpointError(str(path), f"damaged ({_first_line(error)})", _USE_ANOTHER) from error
+    return manifest
+
+
 def _files_under(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise CheckpointError(str(path), "is not a regular file", "a checkpoint holds only plain files")
-        if path.is_file() and name != MANIFEST_NAME:
+        if path.is_file() and name not in (MANIFEST_NAME, SIGNATURE_NAME):
             found[name] = path
     return found
 
@@ -200,7 +246,8 @@ def _adapter() -> "TypeAdapter[Manifest]":
 def _refuse_escaping(files: Mapping[str, FileStamp]) -> None:
     for name in files:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or path.as_posix() != name or name == MANIFEST_NAME:
+        is_ours = name in (MANIFEST_NAME, SIGNATURE_NAME)
+        if path.is_absolute() or ".." in path.parts or path.as_posix() != name or is_ours:
             raise ValueError(f"{name!r} is no file name within a checkpoint")
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path, PurePosixPath
 
-from tunesmith.checkpoints.manifest import MANIFEST_NAME, read_manifest, verify
+from tunesmith.checkpoints.manifest import MANIFEST_NAME, SIGNATURE_NAME, verify
 from tunesmith.errors import OutputError
 
 
@@ -20,8 +20,7 @@ def upload_checkpoint(checkpoint: Path, storage_root: str, name: str) -> str:
         CheckpointError: ``checkpoint`` is damaged; nothing was uploaded.
         OutputError: the place cannot be reached or written; no manifest is there.
     """
-    verify(checkpoint)
-    manifest = read_manifest(checkpoint)
+    manifest = verify(checkpoint)
     url = f"{storage_root.rstrip('/')}/{name}"
     try:
         _upload(checkpoint, url, {item: stamp.bytes for item, stamp in manifest.files.items()})
@@ -43,7 +42,7 @@ def _upload(checkpoint: Path, url: str, sizes: dict[str, int]) -> None:
         # Only what the earlier checkpoint lists is removed: anything else there is not ours.
         outdated = _listed_files(store.cat_file(manifest_at)) - sizes.keys()
         store.rm_file(manifest_at)
-    for name in outdated:
+    for name in (*outdated, SIGNATURE_NAME):
         if store.exists(f"{root}/{name}"):
             store.rm_file(f"{root}/{name}")
     for name, size in sizes.items():
@@ -53,6 +52,8 @@ def _upload(checkpoint: Path, url: str, sizes: dict[str, int]) -> None:
         stored = store.size(at)
         if stored is not None and stored != size:
             raise OSError(f"{name} has {stored} bytes there instead of {size}")
+    if (checkpoint / SIGNATURE_NAME).is_file():
+        store.put_file(str(checkpoint / SIGNATURE_NAME), f"{root}/{SIGNATURE_NAME}")
     store.put_file(str(checkpoint / MANIFEST_NAME), manifest_at)
 
 

@@ -31,10 +31,12 @@ from tunesmith.checkpoints.manifest import (
     verify_sizes,
     write_manifest,
 )
+from tunesmith.checkpoints.signature import carry_signature
 from tunesmith.errors import CheckpointError, OutputError
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
+TRAINING = "training"  # the part of a checkpoint that only going on with the run needs
 FORWARDED = "lora_fine_tuning"
 Mode = Literal["min", "max"]
 _STEP_FOLDER = re.compile(r"^step-(\d{6,})$")
@@ -57,7 +59,7 @@ class StoredCheckpoint:
     step: int
     score: float | None
     is_best: bool
-    bytes: int  # of all its files
+    bytes: int  # of the files that serving needs
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,26 @@ def read_checkpoints(run_dir: Path) -> dict[int, tuple[Path, Manifest]]:
             except CheckpointError:
                 continue  # damaged; neither ranked nor pruned, so that nothing unread is deleted
     return found
+
+
+def checkpoints_newest_first(run_dir: Path, damaged: list[str]) -> list[tuple[Path, Manifest]]:
+    """The run's checkpoints with readable manifests, the last saved first; why others are not goes to ``damaged``."""
+    folder = run_dir / CHECKPOINTS
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if _STEP_FOLDER.match(path.name):
+            try:
+                read_manifest(path)
+            except CheckpointError as error:
+                damaged.append(f"passed over: {error}")
+    found = read_checkpoints(run_dir)
+    order = sorted(_standings(found), key=lambda item: (item.created, item.step), reverse=True)
+    return [found[item.step] for item in order]
+
+
+def served_part(manifest: Manifest) -> Manifest:
+    """The manifest of a copy without what only training needs."""
+    files = {n: stamp for n, stamp in manifest.files.items() if not n.startswith(f"{TRAINING}/")}
+    return dataclasses.replace(manifest, files=files)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -168,12 +190,13 @@ class CheckpointStore:
             write_manifest(folder, manifest, fs=self._fs)
         self._prune(step)
         best = self.best()
+        served = served_part(manifest)
         return SavedCheckpoint(
             path=path,
             step=step,
             score=score,
             is_best=best is not None and best.step == step,
-            bytes=manifest.total_bytes,
+            bytes=served.total_bytes,
             seconds=time.perf_counter() - started,
         )
 
@@ -184,7 +207,7 @@ class CheckpointStore:
         if first is None:
             return None
         path, manifest = found[first.step]
-        return StoredCheckpoint(path, first.step, first.score, True, manifest.total_bytes)
+        return StoredCheckpoint(path, first.step, first.score, True, served_part(manifest).total_bytes)
 
     def publish_best(self) -> Path:
         """Copy the best checkpoint to ``{run_dir}/best``, replacing what is there, and verify the copy.
@@ -197,7 +220,7 @@ class CheckpointStore:
         target = self.run_dir / BEST
         if best is None:
             raise CheckpointError(str(self.run_dir / CHECKPOINTS), "no checkpoint in it", "save one first")
-        if not _is_same_and_whole(best.path, target):
+        if not _is_copy_and_whole(best.path, target):
             _copy_checkpoint(best.path, target, self._fs)
         return target
 
@@ -269,9 +292,9 @@ def _standings(found: Mapping[int, tuple[Path, Manifest]]) -> list[Standing]:
     ]
 
 
-def _is_same_and_whole(source: Path, copy: Path) -> bool:
+def _is_copy_and_whole(source: Path, copy: Path) -> bool:
     try:
-        same = (copy / MANIFEST_NAME).read_bytes() == (source / MANIFEST_NAME).read_bytes()
+        same = read_manifest(copy) == served_part(read_manifest(source))
         if same:
             verify(copy)
     except (OSError, CheckpointError):
@@ -280,14 +303,20 @@ def _is_same_and_whole(source: Path, copy: Path) -> bool:
 
 
 def _copy_checkpoint(source: Path, target: Path, fs: FileOps) -> None:
-    manifest = read_manifest(source)
-    verify_sizes(source, manifest)  # names what is missing before anything is copied
+    whole = read_manifest(source)
+    verify_sizes(source, whole)  # names what is missing before anything is copied
+    manifest = served_part(whole)
     with whole_folder(target, replace=True, needs=manifest.total_bytes, fs=fs) as folder:
-        for name in (*manifest.files, MANIFEST_NAME):
+        for name in manifest.files:
             for parent in reversed(PurePosixPath(name).parents[:-1]):
                 if not (folder / parent).exists():
                     fs.make_folder(folder / parent)
             fs.copy_file(source / name, folder / name)
+        if manifest == whole:
+            fs.copy_file(source / MANIFEST_NAME, folder / MANIFEST_NAME)
+            carry_signature(source / MANIFEST_NAME, folder / MANIFEST_NAME, fs=fs)
+        else:
+            write_manifest(folder, manifest, fs=fs)
         try:
             verify(folder)
         except CheckpointError as error:

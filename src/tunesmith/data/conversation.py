@@ -4,8 +4,10 @@ A row is ``{"messages": [...], "tools": [...]}`` in the OpenAI chat form, or ``{
 kept exactly as written; nothing is stripped or normalised.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from tunesmith.data.problems import BrokenRule, Problem, ProblemList, closest, shorten
@@ -29,8 +31,12 @@ __all__ = [
 ]
 
 ROLES = ("system", "user", "assistant", "tool")
+MAX_MESSAGES = 2_000  # placing the answers in a rendered chat takes time with the square of it: here, seconds
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
-_NEAR_MISS = 0.81  # "tool" and "Tools" for "tools", but not "token_ids"
+_NEAR_MISS = 0.8  # "tool", "toosl" and "Tools" for "tools", but not "token_ids"
+
+# Calls that wait for their answer, in order, and how many have this id: only calls without one repeat.
+_OpenCalls = dict[str | None, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,8 @@ def conversation_from_row(row: dict[str, Any]) -> Conversation:
         raise BrokenRule(f"messages must be a list of objects, not {json_type(messages)}", excerpt(messages))
     if not messages:
         raise BrokenRule("messages is empty")
+    if len(messages) > MAX_MESSAGES:
+        raise BrokenRule(f"messages are {len(messages):,}; a chat has at most {MAX_MESSAGES:,}")
     parsed = tuple(_message(f"message {number}", item) for number, item in enumerate(messages, start=1))
     _check_turns(parsed)
     return Conversation(parsed, parse_tools(row.get("tools")))
@@ -115,11 +123,15 @@ def training_problem(example: Example, task: str) -> str | None:
     return None if last == "assistant" else f"the last message must be from the assistant, not {last}"
 
 
-def iter_examples(path: str, task: str | None = None) -> Iterator[tuple[RawRecord, Example | Problem]]:
+def iter_examples(
+    path: str, task: str | None = None, sha256: str | None = None
+) -> Iterator[tuple[RawRecord, Example | Problem]]:
     """Stream the rows of ``path`` with what each of them is.
 
     Args:
+        path: see ``read_records``.
         task: where given, rows that ``training_problem`` objects to are problems too.
+        sha256: as in ``read_records``.
 
     Yields:
         For a line that could not even be decoded the record's text is the problem's excerpt.
@@ -127,7 +139,7 @@ def iter_examples(path: str, task: str | None = None) -> Iterator[tuple[RawRecor
     Raises:
         DataError: as ``read_records``.
     """
-    for row in read_records(path):
+    for row in read_records(path, sha256):
         if isinstance(row, Problem):
             yield RawRecord(row.text, row.file, row.line), row
             continue
@@ -248,22 +260,20 @@ def _part(where: str, part: object) -> str:
 def _check_turns(messages: tuple[Message, ...]) -> None:
     """The order of turns: system?, then user and assistant in turn, tool answers after tool calls."""
     previous = ""
-    open_calls: list[str | None] = []
+    open_calls: _OpenCalls = {}
     for number, message in enumerate(messages, start=1):
         if message.role == "tool":
             _answer(f"message {number}", message, open_calls, previous)
         elif fault := _turn_fault(message.role, number, messages[0].role, previous, open_calls):
             raise BrokenRule(f"message {number}: {fault}", shorten(message.content or ""))
         if message.role == "assistant":
-            open_calls = [call.id for call in message.tool_calls]
+            open_calls = dict(Counter(call.id for call in message.tool_calls))
         previous = message.role
     if previous == "system":
         raise BrokenRule("nothing follows the system message", shorten(messages[0].content or ""))
 
 
-def _turn_fault(
-    role: str, number: int, first: str, previous: str, open_calls: list[str | None]
-) -> str | None:
+def _turn_fault(role: str, number: int, first: str, previous: str, open_calls: _OpenCalls) -> str | None:
     """Why a turn that is no tool answer cannot stand where it does, or None."""
     if role == "system":
         fault = "a second system message" if first == "system" else "system message not first"
@@ -279,7 +289,7 @@ def _turn_fault(
     return None
 
 
-def _answer(where: str, message: Message, open_calls: list[str | None], previous: str) -> None:
+def _answer(where: str, message: Message, open_calls: _OpenCalls, previous: str) -> None:
     """Take the call that a tool message answers off ``open_calls``."""
     text = shorten(message.content or "")
     if not open_calls:
@@ -289,8 +299,10 @@ def _answer(where: str, message: Message, open_calls: list[str | None], previous
         given = message.tool_call_id
         fault = "has no tool_call_id" if given is None else f"answers unknown tool call {shorten(given)}"
         raise BrokenRule(f"{where}: tool message {fault}; open is {_names(open_calls)}", text)
-    open_calls.remove(message.tool_call_id)
+    open_calls[message.tool_call_id] -= 1
+    if not open_calls[message.tool_call_id]:
+        del open_calls[message.tool_call_id]
 
 
-def _names(calls: list[str | None]) -> str:
-    return ", ".join("a call without id" if call is None else shorten(call) for call in calls[:3])
+def _names(calls: _OpenCalls) -> str:
+    return ", ".join("a call without id" if call is None else shorten(call) for call in islice(calls, 3))

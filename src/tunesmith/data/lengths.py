@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from tunesmith.data.problems import printable
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import DataError
 
@@ -62,7 +63,7 @@ def fit_to_length(rows: TokenizedRows, limit: int, on_too_long: OnTooLong) -> To
     if on_too_long == "error":
         first = int(np.flatnonzero(rows.lengths > limit)[0])
         raise DataError(
-            rows.origin(first),
+            printable(rows.origin(first)),
             f"{count.rows_over:,} of {count.rows:,} rows exceed context_length {limit:,} (longest "
             f"{count.longest:,}); cutting them would lose {count.tokens_over:,} tokens, "
             f"{count.trained_share_lost:.2%} of the trained ones",
@@ -76,5 +77,7 @@ def fit_to_length(rows: TokenizedRows, limit: int, on_too_long: OnTooLong) -> To
             learns[index] = rows.row(int(index)).trained[:limit].any()
         keep = np.flatnonzero(learns)
     if len(keep) == 0:
-        raise DataError(rows.path, f"no row is left at context_length {limit:,}", "raise context_length")
+        raise DataError(
+            printable(rows.path), f"no row is left at context_length {limit:,}", "raise context_length"
+        )
     return rows.select(keep, lengths)

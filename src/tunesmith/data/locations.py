@@ -6,20 +6,24 @@ with ``://`` goes through fsspec.
 
 import errno
 import io
+import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
 from tunesmith.data.problems import closest, printable
+from tunesmith.data.watched_file import WatchedFile, not_regular, open_regular
 from tunesmith.errors import DataError
 
-_BUFFER_BYTES = 2**20
+_BUFFER_BYTES = 2**17
+_REMOTE_BUFFER_BYTES = 2**20
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 _NO_ROW_FILES = "has no *.jsonl or *.jsonl.gz files"
 _NO_MATCH = "matches no file"
+_DENIED = ("permission denied", "give this user the right to read it")
 
 
 def resolve_files(path: str) -> list[str]:
@@ -38,14 +42,25 @@ def resolve_files(path: str) -> list[str]:
     return _resolve_url(path) if "://" in path else _resolve_local(path)
 
 
-def open_file(file: str) -> io.BufferedReader:
-    """Open one resolved file for reading bytes; DataError where that fails."""
+def open_file(file: str, on_bytes: Callable[[memoryview], object] = lambda _data: None) -> io.BufferedReader:
+    """Open one resolved file for reading bytes.
+
+    Args:
+        file: one of ``resolve_files``.
+        on_bytes: called with each stored byte that is read, in order.
+
+    Raises:
+        DataError: it cannot be opened; and from reading on, when the file grows meanwhile.
+    """
     with read_errors(file):
-        if "://" not in file:
-            return Path(file).open("rb")
-        filesystem, root = _filesystem(file)
+        if "://" in file:
+            filesystem, root = _filesystem(file)
+            raw, buffer = WatchedFile(filesystem.open(root, "rb"), file, None), _REMOTE_BUFFER_BYTES
+        else:
+            raw, buffer = open_regular(file), _BUFFER_BYTES
+        raw.on_bytes = on_bytes
         # fsspec's own readline knows no size limit; BufferedReader's does.
-        return io.BufferedReader(filesystem.open(root, "rb"), _BUFFER_BYTES)
+        return io.BufferedReader(raw, buffer)
 
 
 @contextmanager
@@ -68,7 +83,7 @@ def read_errors(place: str) -> Iterator[None]:
 
 def _fault_of(error: Exception) -> tuple[str, str]:
     if isinstance(error, PermissionError):
-        return "permission denied", "give this user the right to read it"
+        return _DENIED
     if isinstance(error, OSError) and error.errno == errno.ELOOP:
         return "its symbolic links form a loop", "point the link at a real file"
     if isinstance(error, ImportError):
@@ -80,7 +95,10 @@ def _fault_of(error: Exception) -> tuple[str, str]:
 def _resolve_local(path: str) -> list[str]:
     local = Path(path)
     if path.startswith("~/"):
-        local = local.expanduser()
+        try:
+            local = local.expanduser()
+        except RuntimeError as error:  # neither HOME nor an entry for this user
+            raise DataError(printable(path), "has no home folder here", "write the path in full") from error
     mode = _mode(local)
     if mode is None:
         if has_magic(path):
@@ -97,15 +115,36 @@ def _resolve_glob(pattern: Path) -> list[str]:
     fixed = next(i for i, part in enumerate(pattern.parts) if has_magic(part))
     folder, wild = Path(*pattern.parts[:fixed]), Path(*pattern.parts[fixed:])
     place = str(pattern)
+    has_hidden = any(part.startswith(".") for part in wild.parts)
     try:
+        _refuse_closed_folders(folder, wild, has_hidden)
         # pathlib's ** does not descend into linked folders: a loop of links cannot trap it.
         found = sorted(set(folder.glob(str(wild))))
     except (OSError, ValueError) as error:
         raise DataError(printable(place), f"is not a usable glob ({error})", "mend the pattern") from error
-    if not any(part.startswith(".") for part in wild.parts):
-        depth = len(folder.parts)
-        found = [item for item in found if not any(p.startswith(".") for p in item.parts[depth:])]
+    found = [item for item in found if has_hidden or not _is_hidden(item, folder)]
     return _files_only(place, found, _NO_MATCH)
+
+
+def _refuse_closed_folders(folder: Path, wild: Path, has_hidden: bool) -> None:
+    """pathlib's glob passes over folders without rights in silence, and with them over their rows."""
+    for count in range(len(wild.parts)):
+        looked_in = folder.glob(str(Path(*wild.parts[:count]))) if count else [folder]
+        for item in looked_in:
+            if not has_hidden and _is_hidden(item, folder):
+                continue
+            with read_errors(str(item)):
+                if item.is_dir() and not _may_enter(item):
+                    raise DataError(printable(str(item)), *_DENIED)
+
+
+def _may_enter(folder: Path) -> bool:
+    effective = os.access in os.supports_effective_ids
+    return os.access(folder, os.R_OK | os.X_OK, effective_ids=effective)
+
+
+def _is_hidden(item: Path, below: Path) -> bool:
+    return any(part.startswith(".") for part in item.parts[len(below.parts) :])
 
 
 def _files_only(path: str, items: list[Path], fault_if_none: str) -> list[str]:
@@ -118,7 +157,7 @@ def _files_only(path: str, items: list[Path], fault_if_none: str) -> list[str]:
         if stat.S_ISDIR(mode):
             continue
         if not stat.S_ISREG(mode):
-            raise DataError(printable(str(item)), "is a pipe, socket or device", "name a regular file")
+            raise not_regular(str(item))
         files.append(str(item))
     if not files:
         raise DataError(printable(path), fault_if_none, "check the path")

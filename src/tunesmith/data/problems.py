@@ -66,12 +66,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def shorten(text: str, at: int = 0) -> str:
-    """About 60 printable characters of ``text`` around index ``at``, with … where it was cut."""
+def shorten(text: str, at: int = 0, most: int = _EXCERPT) -> str:
+    """About ``most`` printable characters of ``text`` around index ``at``, with … where it was cut."""
     start = max(0, at - _EXCERPT_LEAD)
-    piece = printable(text[start : start + _EXCERPT])
-    cut_after = len(piece) > _EXCERPT or len(text) > start + _EXCERPT
-    return ("…" if start else "") + piece[:_EXCERPT] + ("…" if cut_after else "")
+    piece = printable(text[start : start + most])
+    cut_after = len(piece) > most or len(text) > start + most
+    return ("…" if start else "") + piece[:most] + ("…" if cut_after else "")
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

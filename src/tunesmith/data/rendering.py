@@ -183,17 +183,16 @@ class Renderer:
                 prompt = self._template.render(opaque[:index], conversation.tools, generation_prompt=True)
                 place = rendered.index(words[index])
                 if rendered.startswith(prompt) and len(prompt) <= place:
-                    without = self._template.render(
-                        opaque[:index], conversation.tools, generation_prompt=False
-                    )
-                    leads[index] = self._lead(rendered[len(prompt) : place], is_opened=prompt != without)
+                    said = rendered[len(prompt) : place]
+                    leads[index] = Lead(said, self._is_said(said, prompt, opaque[:index], conversation.tools))
         return Skeleton(tuple(pieces[0::2]), tuple(map(int, pieces[1::2])), leads)
 
-    def _lead(self, text: str, *, is_opened: bool) -> Lead:
+    def _is_said(self, text: str, prompt: str, before: Sequence[Message], tools: Sequence[Any]) -> bool:
         # What follows the template's own generation prompt, such as an empty <think> block, the model has
         # to say itself when serving. A header in a template without generation prompt is not its answer.
-        is_header = bool(self._control.pattern.search(text)) or (bool(text.strip()) and not is_opened)
-        return Lead(text, not is_header)
+        if self._control.pattern.search(text):
+            return False
+        return not text.strip() or prompt != self._template.render(before, tools, generation_prompt=False)
 
     def _answer_by_prefix(self, conversation: Conversation, text: str, index: int) -> Answer:
         upto = conversation.messages[: index + 1]
@@ -218,6 +217,8 @@ class Renderer:
     # What has to be known to encode it
 
     def _chat(self, conversation: Conversation, text: str, train_on: TrainOn) -> RenderedChat:
+        if not text:
+            raise RenderingError("the model's chat template renders this row to nothing")
         if train_on is TrainOn.ALL_TOKENS:
             spelling = self._spelling_messages(conversation, text, generation_prompt=False)
             return RenderedChat(text, spelling, (), None)

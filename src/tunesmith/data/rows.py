@@ -115,7 +115,8 @@ def tokenize_rows(
         on_progress: called with the number of rows done.
 
     Raises:
-        DataError: rows break a rule (the first 20 are listed), or the file cannot be read.
+        DataError: rows break a rule (the first 20 are listed), or the file cannot be read, or changes
+            while it is read.
     """
     sha256 = file_digest(path)
     folder = cache_dir / _cache_key(path, sha256, renderer, train_on) if cache_dir is not None else None
@@ -123,13 +124,15 @@ def tokenize_rows(
         return _rows(path, sha256, *kept)  # whole: only files without a bad row are kept
     report = on_progress or (lambda _rows: None)
     with TokenStore(cache_dir) as store, _old_objects_uncollected():
-        skipped, found = _tokenize(path, renderer, train_on, skip_bad_rows, report, store)
+        rows = iter_examples(path, train_on.value, sha256)
+        skipped, found = _tokenize(path, rows, renderer, train_on, skip_bad_rows, report, store)
         arrays = store.finish(None if skipped else folder, found)
     return _rows(path, sha256, arrays, tuple(found), skipped)
 
 
 def _tokenize(
     path: str,
+    examples: Iterable[tuple[RawRecord, Example | Problem]],
     renderer: Renderer,
     train_on: TrainOn,
     skip_bad_rows: bool,
@@ -140,7 +143,7 @@ def _tokenize(
     problems = ProblemList()
     files: dict[str, int] = {}
     rows = tokens = 0
-    for batch in _rendered(iter_examples(path, train_on.value), renderer, train_on):
+    for batch in _rendered(examples, renderer, train_on):
         done: list[tuple[RawRecord, TokenizedExample]] = []
         for record, found in batch:
             if isinstance(found, Problem):

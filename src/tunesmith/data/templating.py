@@ -5,6 +5,9 @@ from functools import cached_property
 from typing import Any
 
 from tunesmith.data.conversation import Conversation, Example, Message, PlainText
+from tunesmith.data.problems import shorten
+
+_MOST_OF_REASON = 150  # a template may put the whole message into it
 
 
 class RenderingError(ValueError):
@@ -39,7 +42,8 @@ class ChatTemplate:
                 self._apply(source, [m.to_dict() for m in messages], list(tools) or None, generation_prompt)
             )
         except Exception as error:  # Jinja runs a foreign template: whatever it raises is about this row.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = shorten(str(error).strip().partition("\n")[0], most=_MOST_OF_REASON)
+            reason = reason or type(error).__name__
             raise RenderingError(f"the model's chat template refuses this row: {reason}") from error
 
     def render_rows(self, rows: Sequence[Example]) -> list[str | RenderingError]:

@@ -35,6 +35,13 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def is_finite(model: nn.Module) -> bool:
+    """Whether every trained number is finite."""
+    # By the extremes, which NaN passes on: a mask of a large embedding would be the peak of the run's memory.
+    extremes = [torch.stack(tensor.detach().aminmax()) for tensor in trainable_parameters(model)]
+    return all(bool(pair.isfinite().all()) for pair in extremes)
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; tied weights count once."""
     return sum(p.numel() for p in trainable_parameters(model)), sum(p.numel() for p in model.parameters())

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.checkpoints.locate import locate_model
-from tunesmith.checkpoints.manifest import MANIFEST_NAME, Manifest, fingerprint_weights, read_manifest, verify
+from tunesmith.checkpoints.manifest import MANIFEST_NAME, Manifest, fingerprint_weights, verify
+from tunesmith.checkpoints.signature import refuse_unsigned
 from tunesmith.data.rendering import Renderer
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.models.base import (
@@ -87,12 +88,13 @@ def verified_manifest(folder: Path) -> Manifest | None:
     """The manifest of a checkpoint, every file of which is as it was saved; None for those of other tools.
 
     Raises:
-        CheckpointError: naming a file that is missing or changed.
+        CheckpointError: naming a file that is missing or changed, or the folder where it is not signed by the
+            configured key.
     """
     if not (folder / MANIFEST_NAME).is_file():
+        refuse_unsigned(folder, f"no {MANIFEST_NAME} in it")
         return None
-    verify(folder)
-    return read_manifest(folder)
+    return verify(folder)
 
 
 def _load(

@@ -156,6 +156,8 @@ class RunRecord:
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
     data: Mapping[str, Mapping[str, Any]]  # split -> {path, sha256, rows}
+    resumed_at: tuple[int, ...] = ()  # steps from which a later process went on
+    forced: tuple[str, ...] = ()  # differences that --force-resume passed over
 
 
 Event = RunStarted | Notice | Progress | StepEvent | EvalEvent | EpochEvent | CheckpointEvent | RunFinished

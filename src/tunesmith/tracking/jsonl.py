@@ -8,6 +8,7 @@ import json
 import math
 import numbers
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,28 @@ def _cut_torn_line(path: Path) -> None:
         end = data.rfind(b"\n") + 1
         if end < len(data):
             file.truncate(end)
+
+
+def rewind(path: Path, step: int) -> None:
+    """Cut ``path`` back to how it was after ``step``: what a killed run did beyond its checkpoint is done again.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    kept = 0
+    try:
+        if not path.is_file():
+            return
+        for line in path.read_bytes().splitlines(keepends=True):
+            with suppress(ValueError):
+                event = json.loads(line)
+                if event.get("event") == "run_finished" or event.get("step", 0) > step:
+                    break
+            kept += len(line)
+        with path.open("r+b") as file:
+            file.truncate(kept)
+    except OSError as error:
+        raise OutputError(str(path), error.strerror or str(error), "check its owner") from error
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -32,10 +32,13 @@ class MlflowSink:
         experiment_name: experiment to log to; None is MLflow's "Default".
         create_experiment_if_not_exists: whether a missing experiment is made or is an error.
         run_name: name shown for the run; None takes the run's own name.
+        resumed_id: the MLflow run to go on with; None: a new one.
 
     Raises:
         ConfigError: mlflow is not installed, the store cannot be opened, or the experiment is missing.
     """
+
+    provider = "mlflow"
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class MlflowSink:
         experiment_name: str | None,
         create_experiment_if_not_exists: bool,
         run_name: str | None,
+        resumed_id: str | None = None,
     ) -> None:
         try:
             from mlflow.tracking import MlflowClient
@@ -56,8 +60,13 @@ class MlflowSink:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         try:
             client = MlflowClient(tracking_uri=tracking_uri)
-            experiment = _experiment(client, experiment_name or "Default", create_experiment_if_not_exists)
-            run = client.create_run(experiment, run_name=run_name)
+            if resumed_id is not None:
+                run = client.get_run(resumed_id)
+                client.update_run(resumed_id, status="RUNNING")
+            else:
+                wanted = experiment_name or "Default"
+                experiment = _experiment(client, wanted, create_experiment_if_not_exists)
+                run = client.create_run(experiment, run_name=run_name)
         except ConfigError:
             raise
         except Exception as error:  # MlflowException, or what the HTTP or database layer raises

@@ -1,6 +1,7 @@
 """Which sinks a run reports to."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -24,8 +25,11 @@ def open_sinks(
     tracking_uri: str | None = None,
     experiment_name: str | None = None,
     create_experiment_if_not_exists: bool = True,
+    resumed: Mapping[str, str] | None = None,
 ) -> list[Sink]:
     """Console and ``metrics.jsonl`` always; the named tracker; W&B too where ``WANDB_API_KEY`` is set.
+
+    ``resumed`` holds the ids, by provider, of tracker runs to go on with; see ``tracker_ids``.
 
     Raises:
         ConfigError: the tracker's package is missing or it cannot be opened.
@@ -37,6 +41,7 @@ def open_sinks(
                 project=project or os.environ.get("WANDB_PROJECT") or "tunesmith",
                 run_name=run_name,
                 directory=run_dir,
+                resumed_id=(resumed or {}).get("wandb"),
             )
         )
     if provider == "mlflow":
@@ -48,6 +53,7 @@ def open_sinks(
                 experiment_name=experiment_name or "tunesmith",
                 create_experiment_if_not_exists=create_experiment_if_not_exists,
                 run_name=run_name,
+                resumed_id=(resumed or {}).get("mlflow"),
             )
         )
     if provider == "tensorboard":
@@ -55,3 +61,9 @@ def open_sinks(
 
         sinks.append(TensorBoardSink(directory=run_dir / "tensorboard"))
     return sinks
+
+
+def tracker_ids(sinks: Sequence[Sink]) -> dict[str, str]:
+    """The ids under which trackers know this run, by provider."""
+    named = ((getattr(sink, "provider", None), getattr(sink, "run_id", None)) for sink in sinks)
+    return {str(provider): str(run_id) for provider, run_id in named if provider and run_id}

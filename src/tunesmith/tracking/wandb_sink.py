@@ -30,12 +30,17 @@ class WandbSink:
         project: W&B project; None leaves the choice to wandb (``WANDB_PROJECT``).
         run_name: name shown for the run; None takes the run's own name.
         directory: folder for W&B's local files; must be writable.
+        resumed_id: the W&B run to go on with; None: a new one.
 
     Raises:
         ConfigError: wandb is not installed, or the run cannot be opened (no key, no network).
     """
 
-    def __init__(self, *, project: str | None, run_name: str | None, directory: Path) -> None:
+    provider = "wandb"
+
+    def __init__(
+        self, *, project: str | None, run_name: str | None, directory: Path, resumed_id: str | None = None
+    ) -> None:
         # Reports of wandb's own crashes to its maker: not unless the user has asked for them.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
@@ -46,11 +51,17 @@ class WandbSink:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._run: Any = wandb.init(
-                project=project, name=run_name, dir=str(directory), settings=_settings(wandb)
+                project=project,
+                name=run_name,
+                dir=str(directory),
+                settings=_settings(wandb),
+                id=resumed_id,
+                resume="allow" if resumed_id else None,
             )
         except Exception as error:  # wandb raises many kinds, none with a common base
             remedy = "check WANDB_API_KEY and the network, or set WANDB_MODE=offline"
             raise ConfigError("logger (W&B)", _first_line(error), remedy) from error
+        self.run_id = str(self._run.id)
         self._trouble = Trouble("W&B")
         self._named = run_name is not None
         self._exit_code = 1  # until the run says that it finished

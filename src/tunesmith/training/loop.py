@@ -33,6 +33,7 @@ def train_steps(
     micro_batches: MicroBatches,
     seed: int,
     started: float,
+    steps_done: int = 0,
     flops_per_token: Callable[[int, int], float] | None = None,
     peak_flops: float | None = None,
 ) -> Iterator[StepEvent]:
@@ -48,6 +49,7 @@ def train_steps(
         max_grad_norm: clip to this global norm; 0: no clipping.
         micro_batches: how the rows of a step are cut; changes memory and speed, never the result.
         seed: order of rows and dropout.
+        steps_done: steps that an earlier process has done; the first step here is the one after.
         started: ``time.perf_counter()`` at the start of the run, for ``time_total_s``.
         flops_per_token, peak_flops: for the model FLOPs utilisation; (real, trained) tokens -> FLOPs.
 
@@ -59,6 +61,8 @@ def train_steps(
     for epoch in range(1, plan.epochs + 1):
         for chosen in step_rows(len(rows), plan.rows_per_step, seed, epoch):
             step += 1
+            if step <= steps_done:
+                continue
             begun = time.perf_counter()
             trained_tokens = int(counts[chosen].sum())
             total, forward_time, backward_time = 0.0, 0.0, 0.0

@@ -61,7 +61,8 @@ def test_manifest_comes_back_as_it_was_written(checkpoint, tools):
 def test_manifest_on_disk_has_the_documented_keys(checkpoint):
     raw = json.loads((checkpoint / MANIFEST_NAME).read_text())
     documented = (
-        "format method tag run model_id base step epoch eval_loss metrics config data versions created parent"
+        "format method tag run model_id base step epoch eval_loss metrics config data versions created parent "
+        "parent_adapter parent_base seed code_version environment"
     )
     assert set(raw) == {*documented.split(), "files", "score"}
     assert set(raw["base"]) == {"source", "revision", "files", "fingerprint"}
@@ -145,7 +146,7 @@ def test_any_flipped_byte_is_read_or_refused_never_a_crash(tmp_path, tools, data
 
 
 def test_untouched_checkpoint_verifies(checkpoint):
-    assert verify(checkpoint) is None
+    assert verify(checkpoint) == read_manifest(checkpoint)
 
 
 @pytest.mark.parametrize(

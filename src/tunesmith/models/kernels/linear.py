@@ -88,16 +88,27 @@ def project_backward(
 
     ``scale`` multiplies the outputs' gradients ``dys``, which are left as they are; ``x`` is used up.
     """
-    for number, (layer, dy) in enumerate(zip(group, dys, strict=True)):
-        if dx is not None:
-            dx.addmm_(dy, layer.weight.detach(), beta=1 if number else 0, alpha=scale)
+    for layer, dy in zip(group, dys, strict=True):
         if layer.weight.requires_grad:
             add_product(layer.weight, dy.t(), x, scale, scratch)
         if layer.bias is not None and layer.bias.requires_grad:
             add_gradient(layer.bias, dy.sum(0).mul_(scale))
+    begun = _adapters_backward(dys, x, group, state, dx, scale)
+    if dx is None:
+        return
+    for layer, dy in zip(group, dys, strict=True):
+        dx.addmm_(dy, layer.weight.detach(), beta=1 if begun else 0, alpha=scale)
+        begun = True
+
+
+def _adapters_backward(
+    dys: Sequence[torch.Tensor], x: torch.Tensor, group: Sequence[Linear], state: AdapterState,
+    dx: torch.Tensor | None, scale: float,
+) -> bool:  # fmt: skip
+    """The adapters' part of ``project_backward``; whether it has written to ``dx``, to which the rest is added."""
     adapted = [(layer.adapter, dy) for layer, dy in zip(group, dys, strict=True) if layer.adapter]
     if state.z is None or not adapted:
-        return
+        return False
     dz = torch.empty_like(state.z)
     for (adapter, dy), z, out in zip(adapted, _parts(state.z, adapted), _parts(dz, adapted), strict=True):
         factor = scale * _factor(adapter, state.dropped)
@@ -112,14 +123,11 @@ def project_backward(
         for adapter, rows in zip(adapters, gradient.split([len(a.a) for a in adapters]), strict=True):
             add_gradient(adapter.a, rows)
     if dx is None:
-        return
-    stacked = _stack(adapters)
-    if state.dropped is None:
-        dx.addmm_(dz, stacked)
-        return
-    seen = torch.mm(dz, stacked, out=x)
-    _drop(seen, state.dropped)
-    dx.add_(seen)
+        return False
+    # Before the other products: the mask must not touch theirs.
+    torch.mm(dz, _stack(adapters), out=dx)
+    _drop(dx, state.dropped)
+    return True
 
 
 def add_product(
