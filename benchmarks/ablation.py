@@ -191,7 +191,7 @@ def measure(method: str, data: Path, rounds: int, rows_per_step: int) -> list[di
 
 
 def table(steps: Sequence[dict[str, Any]]) -> str:
-    """Medians: tokens/s with one idea off, and what it is worth."""
+    """Medians: tokens/s with one idea off, and what it is worth, in brackets the least and most of a round."""
     lines = ["| method | off | real tokens/s | with it, times as fast |", "|---|---|---|---|"]
     for method in dict.fromkeys(step["method"] for step in steps):
         speeds: dict[str, list[float]] = {}
@@ -201,8 +201,9 @@ def table(steps: Sequence[dict[str, Any]]) -> str:
         whole = speeds["nothing"]
         for name, own in speeds.items():
             # Of one round each: a machine that slows down slows both.
-            worth = statistics.median(a / b for a, b in zip(whole, own, strict=True))
-            lines.append(f"| {method} | {name} | {statistics.median(own):.0f} | {worth:.2f} |")
+            ratios = sorted(a / b for a, b in zip(whole, own, strict=True))
+            worth = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+            lines.append(f"| {method} | {name} | {statistics.median(own):.0f} | {worth} |")
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ both figures. A prediction may be 10 % too high and 5 % too low. Results: ``memo
 """
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -111,22 +112,22 @@ def main() -> None:
         folder = Path(temporary)
         small, base = folder / "llama-50m", find_base(chosen.model, weights=True, say=print)
         subprocess.run([sys.executable, "-c", _SMALL, str(base.path), str(small)], check=True)
-        for model in (str(small), chosen.model):
-            for method in METHODS:
-                for length in LENGTHS:
-                    for budget in BUDGETS:
-                        found.append(run(folder, model, method, length, budget))
-                        print({key: found[-1][key] for key in found[-1] if "bytes" not in key}, flush=True)
-    chosen.output_dir.mkdir(parents=True, exist_ok=True)
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "runs": found,
-    }
-    (chosen.output_dir / "memory_grid.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (chosen.output_dir / "memory_grid.md").write_text(table(found), encoding="utf-8")
+        combinations = itertools.product(LENGTHS, BUDGETS, METHODS, (str(small), chosen.model))
+        for length, budget, method, model in combinations:
+            found.append(run(folder, model, method, length, budget))
+            print({key: found[-1][key] for key in found[-1] if "bytes" not in key}, flush=True)
+            write(chosen.output_dir, found)
     print(table(found))
+
+
+def write(output_dir: Path, found: list[dict[str, Any]]) -> None:
+    """The results so far."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    result = {
+        "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions(), "runs": found
+    }  # fmt: skip
+    (output_dir / "memory_grid.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (output_dir / "memory_grid.md").write_text(table(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -170,6 +170,7 @@ def assemble(
             optimization.seed,
             sum(p.numel() * p.element_size() for p in trainable_parameters(model)),
             TOKEN_BUDGETS if token_budget is None else (token_budget,),
+            text.context_length if optimization.padding == "max_length" else None,
         )
         passes.reserve(memory.buffers)
     train_batches, eval_batches = _micro_batches(

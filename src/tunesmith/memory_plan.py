@@ -36,7 +36,7 @@ class MemoryPlan:
 
 def plan_memory(
     decoder: Decoder, rows: TokenizedRows, rows_per_step: int, seed: int, trained_bytes: int,
-    token_budgets: Sequence[int] = TOKEN_BUDGETS,
+    token_budgets: Sequence[int] = TOKEN_BUDGETS, longest: int | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """The largest token budget whose run fits.
 
@@ -44,6 +44,7 @@ def plan_memory(
         decoder: the loaded model, its adapter attached.
         rows, rows_per_step, seed: they decide what stands in a micro-batch.
         trained_bytes: bytes of the trained tensors.
+        longest: tokens of a row that must fit too, whether there is one or not.
         token_budgets: those to choose from, the largest first.
 
     Raises:
@@ -53,9 +54,10 @@ def plan_memory(
     chosen = step_rows(len(rows), rows_per_step, seed, 1)[:_STEPS]
     added = 0
     for budget in token_budgets:
-        shapes = _largest(
-            [_shape(rows, group) for step in chosen for group in split_packed(rows, step, budget)]
-        )
+        shapes = [_shape(rows, group) for step in chosen for group in split_packed(rows, step, budget)]
+        if longest is not None:
+            shapes.append(BatchShape(Layout(0, (longest,)), longest))
+        shapes = _largest(shapes)
         # A gradient and two moments for each trained tensor.
         added = int((3 * trained_bytes + training_bytes(decoder, shapes)) * _SLACK)
         if free is None or added <= free:

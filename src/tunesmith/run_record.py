@@ -120,6 +120,14 @@ def config_notices(loaded: LoadedConfig, total_steps: int) -> Iterator[str]:
         for key in ("eval_batch_size_per_device", "eval_first"):
             if loaded.is_given(key) and config.checkpoints.evaluation is None:
                 yield f"{loaded.place(key)} has no effect without valid_path"
+    model = config.model
+    for key, on in (
+        ("flash_attention_2", model.flash_attention_2 not in ("auto", False)),
+        ("liger_kernel", model.liger_kernel.enabled),
+        ("torch_compile", model.torch_compile not in ("auto", False)),
+    ):
+        if on:
+            yield f"{loaded.place(key)} has no effect here: this program computes these parts by functions of its own"
     if config.optimization.num_epochs is not None and loaded.is_given("min_update_steps"):
         yield f"{loaded.place('min_update_steps')} has no effect beside num_epochs"
     asked = config.model.context_length

@@ -97,3 +97,15 @@ def test_the_predicted_peak_is_that_of_a_real_process():
     predicted, measured = map(int, done.stdout.split()[-2:])
     assert measured < predicted * 1.05
     assert predicted < measured * 1.10
+
+
+def test_a_row_that_must_fit_is_planned_for(monkeypatch: pytest.MonkeyPatch):
+    decoder, data = read_decoder(tiny_model()), rows(64, 50)
+    monkeypatch.setattr(memory_plan, "resident_bytes", lambda: 10**9)
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda: None)
+    short = plan_memory(decoder, data, 32, 0, 1000)
+    same = plan_memory(decoder, data, 32, 0, 1000, longest=50)
+    longer = plan_memory(decoder, data, 32, 0, 1000, longest=4000)
+    assert same == short
+    assert longer.buffers["x in"] == 4000 * 32  # the tiny model's width
+    assert longer.peak_bytes > short.peak_bytes

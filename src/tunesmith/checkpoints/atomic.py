@@ -166,8 +166,10 @@ def remove_folder(folder: Path, *, fs: FileOps = REAL) -> None:
         _remove_quietly(aside, fs)
 
 
-def remove_leftovers(folder: Path, *, fs: FileOps = REAL) -> None:
+def remove_leftovers(folder: Path, *, of: str | None = None, fs: FileOps = REAL) -> None:
     """Clear from ``folder`` what writers that no longer live left there, and undo a half-done replacement.
+
+    ``of``: only what belongs to this name.
 
     Process ids mean something on one machine only: call this where all writers are on this machine.
 
@@ -178,7 +180,9 @@ def remove_leftovers(folder: Path, *, fs: FileOps = REAL) -> None:
     found = [
         (entry, match)
         for entry in _entries(folder)
-        if (match := _LEFTOVER.match(entry.name)) and not _writer_lives(int(match["pid"]), entry.name)
+        if (match := _LEFTOVER.match(entry.name))
+        and of in (None, match["name"])
+        and not _writer_lives(int(match["pid"]), entry.name)
     ]
     # The last one moved aside is the one to put back; any other is an earlier one that was in the way.
     found.sort(key=lambda item: item[0].lstat().st_ctime_ns, reverse=True)

@@ -222,6 +222,8 @@ class CheckpointStore:
             raise CheckpointError(str(self.run_dir / CHECKPOINTS), "no checkpoint in it", "save one first")
         if not _is_copy_and_whole(best.path, target):
             _copy_checkpoint(best.path, target, self._fs)
+        # A process that was killed between its last save and the pruning after it has left one too many.
+        self._prune(best.step)
         return target
 
     def _clear(self) -> None:
@@ -273,6 +275,8 @@ def forward(best: Path, storage_root: str, tag: str, *, fs: FileOps = REAL) -> s
             raise OutputError(str(folder), "is itself a forwarded model", f"choose another tag than {tag}")
     if target.exists() and not (target / MANIFEST_NAME).exists():
         raise OutputError(str(target), "exists and is no checkpoint", "move it away or choose another tag")
+    # What a process that was killed while copying left; others' names are theirs to clear.
+    remove_leftovers(target.parent, of=target.name, fs=fs)
     _copy_checkpoint(best, target, fs)
     return str(target)
 

@@ -96,7 +96,7 @@ def _type_names(annotation: Any, metadata: Sequence[Any]) -> Iterator[str]:
     elif origin is tuple:
         many = arguments[-1] is Ellipsis
         yield "list of texts" if many and arguments[0] is str else f"list of {len(arguments)} numbers"
-    elif isinstance(annotation, type) and issubclass(annotation, Section):
+    elif origin is Mapping or (isinstance(annotation, type) and issubclass(annotation, Section)):
         yield "group"
     else:
         yield _TYPE_NAMES[annotation] + _bounds(metadata)

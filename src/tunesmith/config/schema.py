@@ -73,6 +73,15 @@ class RepoId(Section):
     repo_id: str
 
 
+class LigerKernel(Section):
+    """LLMForge's switch for Liger's fused GPU kernels."""
+
+    enabled: bool = key(
+        False, "not used: the head and the loss are computed in chunks by functions of our own"
+    )
+    kwargs: Mapping[str, Any] = key({}, "not used")
+
+
 class ModelSettings(Section):
     """Which weights are tuned, and how long a row they read."""
 
@@ -87,6 +96,13 @@ class ModelSettings(Section):
         "auto", "bf16 where the hardware is fast at it, else fp32"
     )
     gradient_checkpointing: bool = key(False, "off: faster; on: saved activations are computed again")
+    flash_attention_2: Literal["auto"] | bool = key(
+        "auto", "not used: packed rows have attention of their own"
+    )
+    liger_kernel: LigerKernel = key(LigerKernel(), "not used")
+    torch_compile: Literal["auto"] | bool | Mapping[str, Any] = key(
+        "auto", "not used: compiling a whole model takes longer than a short run gains"
+    )
 
 
 class DataSettings(Section):
@@ -134,6 +150,10 @@ class OptimizationSettings(Section):
     optimizer: Optimizer = key(Optimizer(), "AdamW")
     train_batch_size_per_device: PositiveInt | Literal["auto"] = key("auto", "8 rows a step")
     gradient_accumulation_steps: PositiveInt = key(1, "a step covers one batch")
+    padding: Literal["longest", "max_length"] = key(
+        "longest",
+        "memory is planned for the rows there are; training itself pads nothing where rows are packed",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = key(
         42, "any fixed number: the same file gives the same run"
     )

@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 
 import fsspec
@@ -272,6 +274,18 @@ def test_kill_at_every_operation_of_a_save(trained, save, tools):
     assert seen[-1] == ({20}, "20")
 
 
+def test_what_a_killed_process_did_not_come_to_prune_goes_when_the_best_is_published(
+    tmp_path, save, monkeypatch
+):
+    store = CheckpointStore(tmp_path, keep=1)
+    with monkeypatch.context() as killed_before:
+        killed_before.setattr(CheckpointStore, "_prune", lambda *_: None)
+        for step, score in ((10, 3.0), (20, 1.0), (30, 2.0)):
+            save(store, step, score)
+    store.publish_best()
+    assert steps_on_disk(tmp_path) == {20, 30}
+
+
 def test_no_space_at_every_operation_of_a_save(trained, save, tools):
     outcomes = set()
     for at in range(100):
@@ -323,6 +337,20 @@ def test_forwarding_to_a_folder(tmp_path, best, tools, scheme):
     forward(best, str(tmp_path / "storage"), TAG)
     verify(copy)
     assert tools.hidden_in(tmp_path) == []
+
+
+def test_forwarding_clears_what_a_killed_process_left_of_this_tag_and_of_no_other(tmp_path, best):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    folder = tmp_path / "lora_fine_tuning"
+    mine, other = (folder / f".{name}.tmp-{ended.pid}-0123abcd" for name in ("mine", "other"))
+    for left in (mine, other):
+        left.mkdir(parents=True)
+        (left / "adapter_model.safetensors").write_bytes(b"half")
+    forward(best, str(tmp_path), "mine")
+    assert not mine.exists()
+    assert other.exists()
+    verify(folder / "mine")
 
 
 @pytest.mark.parametrize("tag", ["", "/etc", "../x", "a/../../x", "a//b", "a/", ".", "a\0b"])
