@@ -249,6 +249,59 @@ def models(lineage: str | None, output_dirs: tuple[Path, ...], as_json: bool) ->
         print_runs(_console(), runs, output_dirs)
 
 
+@cli.command()
+@click.option("--base", required=True, help="The base model: catalog name, folder or hub id.")
+@click.option(
+    "--dynamic-lora-loading-path",
+    "root",
+    type=click.Path(path_type=Path),
+    help="Folder of adapters; each in it is a model, new ones without a restart.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="0: any free one."
+)
+@click.option(
+    "--max-running",
+    type=click.IntRange(1, 1_024),
+    default=16,
+    show_default=True,
+    help="Answers made at once.",
+)
+@click.option(
+    "--max-waiting",
+    type=click.IntRange(0, 100_000),
+    default=64,
+    show_default=True,
+    help="Answers that wait beside them; more are told to come again.",
+)
+@click.option(
+    "--grace-seconds",
+    type=click.IntRange(0, 86_400),
+    default=30,
+    show_default=True,
+    help="How long answers may go on after SIGTERM.",
+)
+def serve(
+    base: str, root: Path | None, host: str, port: int, max_running: int, max_waiting: int, grace_seconds: int
+) -> None:
+    """Serve a base and every adapter on it, with OpenAI's interface.
+
+    TUNESMITH_API_KEY in the environment is the key that clients need, TUNESMITH_ADMIN_KEY the one for loading and
+    unloading adapters.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("serve", f"needs {error.name}", "run: pip install 'tunesmith[serve]'") from error
+    from tunesmith.serving.server import ServeOptions
+    from tunesmith.serving.server import serve as run
+
+    options = ServeOptions(base, root, host, port, max_running, max_waiting, grace_seconds)
+    run(options, lambda text: click.echo(text, err=True))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; errors of ours become one line on standard error and their exit code."""
     for stream in (sys.stdout, sys.stderr):

@@ -1,0 +1,124 @@
+"""The routes: who may ask, what is read, what is called. Nothing else."""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from tunesmith.serving import protocol as wire
+from tunesmith.serving.faults import Refusal, is_stopping
+from tunesmith.serving.metrics import CONTENT_TYPE
+from tunesmith.serving.service import Service
+from tunesmith.serving.streaming import HungUp
+
+_SOON_READ = 2**16  # bytes; reading a longer body would hold up the streams
+BODY_SECONDS = 60.0  # for the whole body, so that slow senders cannot hold connections
+
+
+async def body_of(request: Request) -> bytes:
+    """The request's body, read no further than it may be long.
+
+    Raises:
+        Refusal: 413: it is longer; 408: it does not come.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > wire.MAX_BODY_BYTES:
+                    message = f"The body is longer than {wire.MAX_BODY_BYTES:,} bytes"
+                    raise Refusal(413, message, "body_too_long", headers={"Connection": "close"})
+    except TimeoutError:
+        message = f"The body did not come within {BODY_SECONDS:g} s"
+        raise Refusal(408, message, "body_too_slow", headers={"Connection": "close"}) from None
+    return bytes(body)
+
+
+Body = Annotated[bytes, Depends(body_of)]
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application; the service's engine is the caller's to close."""
+    # Documentation pages of FastAPI load scripts from elsewhere.
+    app = FastAPI(title="tunesmith", docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def may_ask(request: Request) -> None:
+        service.keys.check(request.headers.get("authorization"))
+
+    async def may_load(request: Request) -> None:
+        service.keys.check_admin(request.headers.get("authorization"))
+
+    asks, loads = [Depends(may_ask)], [Depends(may_load)]
+
+    @app.post("/v1/chat/completions", dependencies=asks)
+    async def chat_completions(request: Request, body: Body) -> Response:
+        return await service.answer(await _parsed(wire.ChatRequest, body), request.receive)
+
+    @app.post("/v1/completions", dependencies=asks)
+    async def completions(request: Request, body: Body) -> Response:
+        return await service.answer(await _parsed(wire.CompletionRequest, body), request.receive)
+
+    @app.get("/v1/models", dependencies=asks)
+    async def models() -> wire.ModelList:
+        return await asyncio.to_thread(service.models)
+
+    @app.post("/v1/load_lora_adapter", dependencies=loads)
+    async def load_lora_adapter(body: Body) -> dict[str, Any]:
+        given = wire.parse_request(wire.LoadRequest, body)
+        version = await asyncio.to_thread(service.registry.load, given.lora_name, given.lora_path)
+        return {"id": version.name, "object": "model", "parent": version.parent, "version": version.key}
+
+    @app.post("/v1/unload_lora_adapter", dependencies=loads)
+    async def unload_lora_adapter(body: Body) -> dict[str, Any]:
+        given = wire.parse_request(wire.UnloadRequest, body)
+        await asyncio.to_thread(service.registry.unload, given.lora_name)
+        return {"id": given.lora_name, "object": "model", "deleted": True}
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        if service.is_stopping:
+            raise is_stopping()
+        return {"status": "ok"}
+
+    @app.get("/metrics", dependencies=asks)
+    async def metrics() -> Response:
+        return PlainTextResponse(service.metrics_text(), media_type=CONTENT_TYPE)
+
+    _answer_errors(app, service)
+    return app
+
+
+async def _parsed(kind: type[wire.RequestType], body: bytes) -> wire.RequestType:
+    if len(body) <= _SOON_READ:
+        return wire.parse_request(kind, body)
+    return await asyncio.to_thread(wire.parse_request, kind, body)
+
+
+def _answer_errors(app: FastAPI, service: Service) -> None:
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, refusal: Refusal) -> Response:
+        service.metrics.refused[refusal.status] += 1
+        return refusal.response()
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path[:256]}: {error.detail}"
+        return await refused(
+            request, Refusal(error.status_code, message, "no_such_route", headers=error.headers)
+        )
+
+    @app.exception_handler(HungUp)
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)  # nginx's number; nobody reads it
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, _: Exception) -> Response:
+        # Starlette logs the traceback; the client is told nothing of it.
+        return await refused(
+            request, Refusal(500, "A fault in the server; its log says more", "internal_error")
+        )

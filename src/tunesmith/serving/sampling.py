@@ -1,0 +1,81 @@
+"""From logits to a token: bias, temperature, nucleus (Holtzman et al. 2020, arXiv:1904.09751), logprobs.
+
+Each request draws from a generator of its own, one number a token, and turns it into a token by the inverse of the
+cumulative distribution: what it gets depends on its own seed and logits, and on nothing that runs beside it.
+"""
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from tunesmith.serving.seam import Sampling
+
+_GREEDY_BELOW = 1e-5  # temperatures that would only overflow
+_FIRST_LIKELIEST = 128  # tokens looked at first for the nucleus, eight times as many until it is full
+
+
+class Chooser:
+    """Chooses the tokens of one request."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.is_plain = sampling.temperature < _GREEDY_BELOW and not sampling.logit_bias
+        self._random = random.Random(sampling.seed)
+        bias = sorted(sampling.logit_bias.items())
+        self._biased = torch.tensor([token for token, _ in bias], dtype=torch.int64)
+        self._bias = torch.tensor([value for _, value in bias], dtype=torch.float32)
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """The next token, for ``logits`` (vocabulary,), which are not changed."""
+        if len(self._biased):
+            logits = logits.index_add(0, self._biased, self._bias)
+        sampling = self.sampling
+        if sampling.temperature < _GREEDY_BELOW:
+            return int(logits.argmax())
+        probabilities = ((logits - logits.max()) / sampling.temperature).softmax(0)
+        drawn = self._random.random()
+        if sampling.top_p >= 1:
+            return _invert(probabilities.cumsum(0, dtype=torch.float64), drawn)
+        likeliest, summed = _nucleus(probabilities, sampling.top_p)
+        return int(likeliest[_invert(summed, drawn)])
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fewest likeliest tokens that hold ``top_p``, and their cumulative probabilities."""
+    count = min(_FIRST_LIKELIEST, len(probabilities))
+    while True:
+        values, tokens = probabilities.topk(count)
+        summed = values.cumsum(0, dtype=torch.float64)
+        if summed[-1] >= top_p or count == len(probabilities):
+            break
+        count = min(8 * count, len(probabilities))
+    last = min(int(torch.searchsorted(summed, top_p)), count - 1)
+    return tokens[: last + 1], summed[: last + 1]
+
+
+def _invert(summed: torch.Tensor, drawn: float) -> int:
+    """The first place whose cumulative probability exceeds ``drawn``, in [0, 1), times the sum."""
+    place = int(torch.searchsorted(summed, drawn * float(summed[-1]), right=True))
+    # Rounding may lead behind the end, where tokens without probability can lie.
+    return place if place < len(summed) else int(torch.searchsorted(summed, float(summed[-1])))
+
+
+def choose_all(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[int]:
+    """A token for each row of ``logits`` (rows, vocabulary); -1 where a row is not finite."""
+    best, greedy = logits.max(dim=1)
+    tokens: list[int] = greedy.tolist()
+    # The maximum passes NaN on; minus infinity everywhere is as useless.
+    for row, is_finite in enumerate(best.isfinite().tolist()):
+        if not is_finite:
+            tokens[row] = -1
+        elif not choosers[row].is_plain:
+            tokens[row] = choosers[row].choose(logits[row])
+    return tokens
+
+
+def logprobs(logits: torch.Tensor, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Logprob of ``token`` and the ``top`` likeliest with theirs, for ``logits`` (vocabulary,)."""
+    found = logits.log_softmax(0)
+    values, tokens = found.topk(min(top, len(found)))
+    return float(found[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True))
