@@ -72,6 +72,8 @@ def finetune(
 
     With --resume RUN the CONFIG may be left out: it is then the run's own.
     """
+    if force_resume and resume is None:
+        raise ConfigError("--force-resume", "has no effect without --resume", "name the run, or leave it out")
     if config is None and resume not in (None, "auto"):
         from tunesmith.resuming import find_run_folder
 

@@ -224,6 +224,12 @@ def test_verify_of_a_full_run_compares_weights_and_moments(tmp_path, tiny, rows,
     assert proof["tensors"] == 3 * len(load_file(run / "best" / "model.safetensors"))
 
 
+def test_force_resume_alone_is_refused(tmp_path, tiny, rows, capfd):
+    config = write_config(tmp_path / "config.yaml", settings_for(tmp_path, tiny, rows))
+    assert "without --resume" in refused(capfd, ["finetune", str(config), "--force-resume"])
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_killed_runs_resume_to_the_same_bits():
     """A sample of ``make torture``."""
     script = Path(__file__).resolve().parents[1] / "torture" / "torture.py"

@@ -6,11 +6,12 @@ The form of events is https://html.spec.whatwg.org/multipage/server-sent-events.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tunesmith.serving.faults import Refusal
 
@@ -70,9 +71,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream, until it ends or the client hangs up."""
         try:
-            await until_hang_up(receive, self._send_all(send))
-        except (HungUp, OSError):
-            pass  # the tickets are given back below
+            with suppress(HungUp):  # nobody is left to tell
+                await until_hang_up(receive, self._send_all(_to_client(send)))
         finally:
             self._close()
 
@@ -90,6 +90,18 @@ class EventStream(Response):
 def event(data: str) -> bytes:
     """One event; ``data`` is JSON, which has no line breaks."""
     return f"data: {data}\n\n".encode()
+
+
+def _to_client(send: Send) -> Send:
+    """``send``, whose OSError (what servers raise when the client is gone) is told apart from faults of our own."""
+
+    async def checked(message: Message) -> None:
+        try:
+            await send(message)
+        except OSError as error:
+            raise HungUp from error
+
+    return checked
 
 
 async def _body(send: Send, content: bytes) -> None:

@@ -97,7 +97,8 @@ def test_a_bound_of_chats(http: httpx.Client, name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", [-1, 21])
 def test_the_bounds_of_top_logprobs(http: httpx.Client, value: int) -> None:
-    refused(http.post("/v1/chat/completions", json={**CHAT, "logprobs": True, "top_logprobs": value}))
+    error = refused(http.post("/v1/chat/completions", json={**CHAT, "logprobs": True, "top_logprobs": value}))
+    assert "top_logprobs" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -105,13 +106,20 @@ def test_the_bounds_of_top_logprobs(http: httpx.Client, value: int) -> None:
     [
         ("prompt", ""), ("prompt", []), ("prompt", ["a"] * 65), ("prompt", [[]]), ("prompt", [-1]),
         ("prompt", [VOCABULARY]), ("prompt", [[1], [2**31]]), ("prompt", [1, "a"]), ("prompt", {}),
-        ("prompt", "a" * 1_000_001), ("prompt", [1] * CONTEXT), ("prompt", ["a"] * 13),
+        ("prompt", "a" * 1_000_001), ("prompt", [1] * CONTEXT),
         ("logprobs", -1), ("logprobs", 21), ("logprobs", True), ("echo", True), ("suffix", "x"),
     ],
     ids=lambda value: str(value)[:20],
 )  # fmt: skip
 def test_a_bound_of_completions(http: httpx.Client, name: str, value: Any) -> None:
-    refused(http.post("/v1/completions", json={**TEXT, name: value}))
+    error = refused(http.post("/v1/completions", json={**TEXT, name: value}))
+    assert name in error["message"] or error["param"] == name
+
+
+def test_more_prompts_than_can_run_and_wait(http: httpx.Client) -> None:
+    error = refused(http.post("/v1/completions", json={**TEXT, "prompt": ["a"] * 13}))
+    assert "13 answers are more than run and wait at once" in error["message"]
+    assert error["param"] == "n"
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])

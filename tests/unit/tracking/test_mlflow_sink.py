@@ -53,6 +53,23 @@ def test_every_scalar_param_and_the_end_are_in_the_store(store, events):
     assert not [p for p in store.rglob("*") if p.is_file() and b"secret-0123456789abcdef" in p.read_bytes()]
 
 
+def test_a_resumed_run_goes_on_under_its_id(store, make):
+    first = open_sink(store)
+    first.emit(make.started())
+    first.emit(make.step(1, 3.0))
+    first.close()  # without a word of how it ended: failed
+    second = open_sink(store, resumed_id=first.run_id)
+    assert second.run_id == first.run_id
+    assert stored(store, second)[1].info.status == "RUNNING"
+    second.emit(make.started())
+    second.emit(make.step(2, 2.0))
+    second.close()
+    client, run = stored(store, first)
+    losses = client.get_metric_history(first.run_id, "train_loss_batch")
+    assert [(entry.step, entry.value) for entry in losses] == [(1, 3.0), (2, 2.0)]
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
 def test_more_metrics_and_params_than_one_call_takes(store, make):
     config = {f"key{number}": number for number in range(230)} | {"a/b:c": {"x": []}, "empty": {}}
     sink = open_sink(store)

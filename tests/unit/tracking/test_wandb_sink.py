@@ -153,3 +153,15 @@ def test_the_provider_or_a_key_turns_it_on():
     assert wandb_wanted("mlflow", {"WANDB_API_KEY": KEY})
     assert not wandb_wanted(None, {"WANDB_API_KEY": " "})
     assert not wandb_wanted("tensorboard", {})
+
+
+def test_a_resumed_run_goes_on_under_its_id(offline, make):
+    first = WandbSink(project="tunes", run_name="lora-1", directory=offline)
+    first.emit(make.step(1, 3.0))
+    first.close()
+    second = WandbSink(project="tunes", run_name="lora-1", directory=offline, resumed_id=first.run_id)
+    assert second.run_id == first.run_id
+    second.emit(make.step(2, 2.0))
+    second.close()
+    folders = sorted(path.name for path in offline.rglob("offline-run-*") if path.is_dir())
+    assert [name.rpartition("-")[2] for name in folders] == [first.run_id] * len(folders)
