@@ -16,6 +16,7 @@ from tunesmith.data.rows import tokenize_rows
 from tunesmith.data.splits import Splits, choose_context_length, load_splits
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.evaluation.answers import read_questions
+from tunesmith.evaluation.generation_memory import generation_bytes, sizes_of
 from tunesmith.evaluation.heldout import check_expected
 from tunesmith.evaluation.score import HeldOut
 from tunesmith.forwarding import refuse_unusable_place
@@ -171,6 +172,7 @@ def assemble(
             sum(p.numel() * p.element_size() for p in trainable_parameters(model)),
             TOKEN_BUDGETS if token_budget is None else (token_budget,),
             text.context_length if optimization.padding == "max_length" else None,
+            max((_answering_bytes(model, rows) for rows in (heldout, valid) if rows), default=0),
         )
         passes.reserve(memory.buffers)
     train_batches, eval_batches = _micro_batches(
@@ -309,6 +311,11 @@ def _load(
         model.activation_checkpointing_enable()
     kind: Literal["lora", "full"] = "lora" if isinstance(method, LoraMethod) else "full"
     return kind, model, autocast, reason, origin_of(settings, text.base, folder)
+
+
+def _answering_bytes(model: Any, heldout: HeldOut) -> int:
+    sizes = sizes_of(model)
+    return generation_bytes(sizes, [len(q.prompt_ids) for q in heldout.questions], heldout.max_new_tokens)
 
 
 def _micro_batches(

@@ -1,7 +1,7 @@
 """How large micro-batches may be, from the memory of this machine: decided before the first step, not by dying.
 
 What is loaded already is measured; what training adds is counted: gradients, AdamW's two moments, and every buffer of
-the kernels (``models/kernels/footprint.py``).
+the kernels (``models/kernels/footprint.py``), or what answering held-out rows takes where that is more.
 """
 
 import os
@@ -36,7 +36,7 @@ class MemoryPlan:
 
 def plan_memory(
     decoder: Decoder, rows: TokenizedRows, rows_per_step: int, seed: int, trained_bytes: int,
-    token_budgets: Sequence[int] = TOKEN_BUDGETS, longest: int | None = None,
+    token_budgets: Sequence[int] = TOKEN_BUDGETS, longest: int | None = None, answering_bytes: int = 0,
 ) -> MemoryPlan:  # fmt: skip
     """The largest token budget whose run fits.
 
@@ -46,6 +46,7 @@ def plan_memory(
         trained_bytes: bytes of the trained tensors.
         longest: tokens of a row that must fit too, whether there is one or not.
         token_budgets: those to choose from, the largest first.
+        answering_bytes: what answering held-out rows takes, while the buffers of training are given back.
 
     Raises:
         RunError: even one row at a time does not fit.
@@ -59,7 +60,7 @@ def plan_memory(
             shapes.append(BatchShape(Layout(0, (longest,)), longest))
         shapes = _largest(shapes)
         # A gradient and two moments for each trained tensor.
-        added = int((3 * trained_bytes + training_bytes(decoder, shapes)) * _SLACK)
+        added = int((3 * trained_bytes + max(training_bytes(decoder, shapes), answering_bytes)) * _SLACK)
         if free is None or added <= free:
             peak = max(peak_memory_bytes(), resident + added)
             return MemoryPlan(budget, peak, largest_buffers(decoder, shapes))

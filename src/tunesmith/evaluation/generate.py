@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from tunesmith.errors import ModelError, NonFiniteError
+from tunesmith.evaluation.answer_cache import answer_cache
 
 # A batch is made smaller once this share of its rows is done. Making it smaller copies what is left of
 # the cache, about what one more step costs anyway, so waiting for more finished rows would not pay.
 _DROP_AT = 0.25
+BATCH_TOKENS = 8192  # of prompts and answers that go through the model together
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def generate_greedy(
     stop_token_ids: Collection[int],
     pad_token_id: int,
     max_new_tokens: int,
-    batch_tokens: int = 8192,
+    batch_tokens: int = BATCH_TOKENS,
     on_progress: Callable[[int, int], None] | None = None,
     stop_strings: Sequence[str] = (),
     decode: Callable[[Sequence[int]], str] | None = None,
@@ -88,7 +90,7 @@ def generate_greedy(
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     with _evaluation_mode(model), torch.inference_mode():
-        for group in _groups([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
+        for group in groups([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
             batch = [(prompts[row], answers[row]) for row in group]
             for finished in _generate_batch(model, batch, rule, pad_token_id):
                 done += finished
@@ -103,7 +105,7 @@ def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
     return text[: min((start for start in starts if start >= 0), default=len(text))]
 
 
-def _groups(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
+def groups(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
     """Indices of prompts that go together, longest first: a batch that does not fit fails at once."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     start = 0
@@ -129,7 +131,8 @@ def _generate_batch(
     last_only = {"logits_to_keep": 1} if _takes_logits_to_keep(model) else {}
     answers = [answer for _, answer in batch]
     running = [True] * len(answers)
-    cache = None
+    # Room for the prompts and all but the last token of their answers.
+    cache = answer_cache(model, mask.shape[1] - 1)
     while True:
         output = model(
             input_ids=input_ids,

@@ -55,6 +55,8 @@ def score_heldout(
     base = Score(len(heldout.rows), loss, perplexity(loss))
     if heldout.metric is None or not heldout.questions:
         return base, []
+    # Answers need a cache of keys and values, which may have the memory that losses needed.
+    passes.rest()
     answers = greedy_answers(
         model,
         tokenizer,

@@ -35,6 +35,9 @@ class Passes(Protocol):
     def train(self, batch: Batch, scale: float) -> Pass:
         """Add the gradients of ``scale`` times the sum of the token losses to ``.grad`` of what is trained."""
 
+    def rest(self) -> None:
+        """Hold no memory until the next call: something else needs it."""
+
 
 class AutogradPasses:
     """Through the model's own forward; for any model."""
@@ -59,16 +62,26 @@ class AutogradPasses:
         (loss * scale).backward()
         return Pass(total, between - begun, time.perf_counter() - between)
 
+    def rest(self) -> None:
+        """Autograd frees what it saved by itself."""
+
 
 class KernelPasses:
     """By ``kernels``; for packed rows of a model that ``read_decoder`` reads."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._scratch = model, Scratch()
+        self._reserved: Mapping[str, int] = {}
+        self._rests = False
 
     def reserve(self, buffers: Mapping[str, int]) -> None:
-        """Make the buffers at once that micro-batches of these sizes will take."""
+        """Make the buffers at once that micro-batches of these sizes will take in training."""
+        self._reserved, self._rests = buffers, False
         self._scratch.reserve(buffers, next(self._model.parameters()))
+
+    def rest(self) -> None:
+        self._scratch.release()
+        self._rests = True
 
     def losses(self, batch: Batch) -> torch.Tensor:
         assert isinstance(batch, PackedBatch)
@@ -79,6 +92,8 @@ class KernelPasses:
     def train(self, batch: Batch, scale: float) -> Pass:
         assert isinstance(batch, PackedBatch)
         begun = time.perf_counter()
+        if self._rests:
+            self.reserve(self._reserved)
         losses = loss_and_gradients(read_decoder(self._model), batch, scale, self._scratch)
         return Pass(float(losses.sum()), 0.0, time.perf_counter() - begun)
 

@@ -34,6 +34,10 @@ class Scratch:
         for name, size in sizes.items():
             self.take(name, (size,), like)
 
+    def release(self) -> None:
+        """Give the buffers' memory back; the next ``take`` makes them anew. Gradients stay."""
+        self._buffers.clear()
+
     def gradient(self, parameter: torch.Tensor) -> torch.Tensor:
         """Memory for the gradient of a tensor that lives as long as this, laid out as the tensor, the same each time.
 

@@ -270,3 +270,20 @@ def test_fifty_steps_follow_peft_from_the_same_adapter():
         theirs.append(float(loss.detach()))
     assert ours[-1] < ours[0] - 0.25
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+
+
+def test_memory_given_back_and_taken_again_changes_no_bit():
+    model, batch = prepared("llama", "lora"), pack_rows(ROWS, CPU)
+    passes = KernelPasses(model)
+    wanted = passes.train(batch, 1.0).total, gradients(model)
+    passes.reserve({"x in": 100_000})
+    assert passes._scratch.nbytes >= 400_000
+    passes.rest()
+    assert passes._scratch.nbytes == 0
+    assert passes.losses(batch).isfinite().all()
+    assert passes._scratch.elements()["x in"] < 100_000  # an evaluation takes what it needs
+    passes.rest()
+    found = passes.train(batch, 1.0).total, gradients(model)
+    assert passes._scratch.elements()["x in"] == 100_000
+    assert found[0] == wanted[0]
+    assert all(torch.equal(gradient, wanted[1][name]) for name, gradient in found[1].items())
