@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -97,10 +97,22 @@ def finetune(
 @click.option(
     "--rows", type=click.IntRange(0), default=3, show_default=True, help="Rows in the coloured view."
 )
+@click.option(
+    "--for-serving",
+    "engine",
+    type=click.Choice(["tunesmith", "vllm"]),
+    help="Say too what this engine would refuse to serve of what is trained.",
+)
 @_SKIP
 @_JSON
 def check(
-    config: str, overrides: tuple[str, ...], show: bool, rows: int, skip_bad_rows: bool, as_json: bool
+    config: str,
+    overrides: tuple[str, ...],
+    show: bool,
+    rows: int,
+    engine: Literal["tunesmith", "vllm"] | None,
+    skip_bad_rows: bool,
+    as_json: bool,
 ) -> None:
     """Check CONFIG and its data without loading weights, and show what would be trained."""
     from tunesmith.checking import check_config, print_check
@@ -112,11 +124,85 @@ def check(
         print_settings(console, loaded)
     # With --json, standard output holds JSON alone.
     said = _console(stderr=True) if as_json else console
-    result = check_config(loaded, preview_rows=rows, skip_bad_rows=skip_bad_rows, say=said.print)
+    result = check_config(
+        loaded, preview_rows=rows, skip_bad_rows=skip_bad_rows, say=said.print, engine=engine
+    )
     if as_json:
         _print_json(result.facts())
     else:
         print_check(console, result)
+    result.refuse_unserved()
+
+
+@cli.command()
+@click.argument("config")
+@_SET
+@click.option(
+    "--arms",
+    multiple=True,
+    default=("full,lora",),
+    show_default=True,
+    help="What to compare: full, lora, lora:r=16, lora:targets=attention, lora:dora, lora:rslora, …",
+)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Full runs of each arm.")
+@click.option(
+    "--learning-rates",
+    "rates",
+    multiple=True,
+    metavar="[ARM=]RATE,RATE…",
+    help="Rates to try instead of the arm's own grid; one alone is taken as it is.",
+)
+@click.option(
+    "--sweep-budget",
+    type=click.FloatRange(0, min_open=True),
+    default=3.0,
+    show_default=True,
+    help="What choosing an arm's rate may take, in full runs.",
+)
+@click.option("--price-per-hour", type=click.FloatRange(0), help="Of this machine, for the cost of a run.")
+@click.option(
+    "--forgetting", multiple=True, metavar="FILE", help="General text to see forgetting on; may be repeated."
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the comparison.  [default: OUTPUT_DIR/compare-CONFIG]",
+)
+@_SKIP
+@_JSON
+def compare(
+    config: str,
+    overrides: tuple[str, ...],
+    arms: tuple[str, ...],
+    seeds: int,
+    rates: tuple[str, ...],
+    sweep_budget: float,
+    price_per_hour: float | None,
+    forgetting: tuple[str, ...],
+    output: Path | None,
+    skip_bad_rows: bool,
+    as_json: bool,
+) -> None:
+    """LoRA against full-parameter on the data of CONFIG, each at its own learning rate; what the numbers allow to say.
+
+    The same command goes on with an interrupted comparison; what is trained already is not trained again.
+    """
+    from tunesmith.comparison.command import compare as run
+    from tunesmith.comparison.command import print_comparison
+    from tunesmith.comparison.experiment import CompareOptions
+
+    options = CompareOptions(
+        arms, seeds, rates, sweep_budget, output, forgetting, price_per_hour, skip_bad_rows
+    )
+    console = _console(stderr=as_json)
+    record = run(_load(config, overrides), options, console)
+    if as_json:
+        from tunesmith.comparison.record import to_json
+
+        click.echo(to_json(record), nl=False)
+    else:
+        print_comparison(console, record)
 
 
 @cli.command()
@@ -284,8 +370,29 @@ def models(lineage: str | None, output_dirs: tuple[Path, ...], as_json: bool) ->
     show_default=True,
     help="How long answers may go on after SIGTERM.",
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["tunesmith", "vllm"]),
+    default="tunesmith",
+    show_default=True,
+    help="What makes the tokens; vllm: vLLM's own server, of this environment or of TUNESMITH_VLLM_PYTHON's.",
+)
+@click.option(
+    "--log-requests",
+    "log_contents",
+    is_flag=True,
+    help="Write prompts and answers too into the log of requests on standard error.",
+)
 def serve(
-    base: str, root: Path | None, host: str, port: int, max_running: int, max_waiting: int, grace_seconds: int
+    base: str,
+    root: Path | None,
+    host: str,
+    port: int,
+    max_running: int,
+    max_waiting: int,
+    grace_seconds: int,
+    engine: str,
+    log_contents: bool,
 ) -> None:
     """Serve a base and every adapter on it, with OpenAI's interface.
 
@@ -294,13 +401,20 @@ def serve(
     """
     try:
         import fastapi  # noqa: F401
+        import llguidance  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError("serve", f"needs {error.name}", "run: pip install 'tunesmith[serve]'") from error
+    if engine == "vllm":
+        from tunesmith.serving.vllm_server import VllmOptions, serve_with_vllm
+
+        chosen = VllmOptions(base, root, host, port, max_running, grace_seconds)
+        serve_with_vllm(chosen, lambda text: click.echo(text, err=True))
+        return
     from tunesmith.serving.server import ServeOptions
     from tunesmith.serving.server import serve as run
 
-    options = ServeOptions(base, root, host, port, max_running, max_waiting, grace_seconds)
+    options = ServeOptions(base, root, host, port, max_running, max_waiting, grace_seconds, log_contents)
     run(options, lambda text: click.echo(text, err=True))
 
 

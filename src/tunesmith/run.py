@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,8 @@ from tunesmith.checkpoints.store import TRAINING
 from tunesmith.config.load import LoadedConfig
 from tunesmith.errors import Interrupted, NonFiniteError, TunesmithError
 from tunesmith.evaluation.heldout import perplexity
-from tunesmith.evaluation.score import HeldOut, score_heldout
+from tunesmith.evaluation.heldout_file import HELD_OUT, write_heldout
+from tunesmith.evaluation.score import HeldOut, Scored, score_heldout
 from tunesmith.models.lora import without_fresh_adapter
 from tunesmith.models.method import base_is_without_adapter, is_finite, restore, save_servable
 from tunesmith.resuming import (
@@ -59,6 +60,16 @@ from tunesmith.training.state import named_trainable, save_training_state
 from tunesmith.training.stop import StopRequest, StopRequested, stop_on_signals, terminate_as_interrupt
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Of a run that is one of a comparison: the values of each held-out row are kept in ``heldout.json``.
+
+    ``score_base`` says whether this is the run that scores the base too; one of them is enough.
+    """
+
+    score_base: bool
+
+
 def finetune(
     loaded: LoadedConfig,
     console: Console,
@@ -66,6 +77,7 @@ def finetune(
     skip_bad_rows: bool = False,
     resume: str | None = None,
     force_resume: bool = False,
+    compared: Compared | None = None,
 ) -> RunRecord:
     """Fine-tune as the configuration says.
 
@@ -76,6 +88,7 @@ def finetune(
         resume: a run's folder or name to go on with; "auto": the newest unfinished run of this configuration, or
             a new one where there is none.
         force_resume: go on even where the bits of the result would be others, and mark the run.
+        compared: what is scored otherwise, where the run is one of a comparison.
 
     Raises:
         TunesmithError: any of its kinds; what was saved before stays good.
@@ -101,7 +114,7 @@ def finetune(
         run = open_run(loaded, parts, base, console, started, point)
         if folder is None:
             held.enter_context(locked(run.folder))
-        record = _carry_out_and_report(run, totals)
+        record = _carry_out_and_report(run, totals, compared)
         # Before the report says that the run is finished: what ends in between is done when it is resumed.
         try:
             note = forward_best(run)
@@ -138,10 +151,10 @@ def _totals(
     return totals
 
 
-def _carry_out_and_report(run: Run, totals: Totals) -> RunRecord:
+def _carry_out_and_report(run: Run, totals: Totals, compared: Compared | None) -> RunRecord:
     try:
         with run.track:
-            record = _carry_out(run, totals)
+            record = _carry_out(run, totals, compared)
     except BaseException as error:
         status: Literal["interrupted", "failed"] = (
             "interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed"
@@ -154,16 +167,20 @@ def _carry_out_and_report(run: Run, totals: Totals) -> RunRecord:
     return record
 
 
-def _carry_out(run: Run, totals: Totals) -> RunRecord:
+def _carry_out(run: Run, totals: Totals, compared: Compared | None) -> RunRecord:
     run.track.emit(run_started(run))
     for notice in start_notices(run):
         run.track.emit(Notice(notice))
     checkpoints, heldout = run.config.checkpoints, run.parts.heldout
     before = list(run.resumed.state.answers_before) if run.resumed and run.resumed.state else []
-    if heldout and (checkpoints.eval_first or checkpoints.evaluation) and totals.before is None:
+    asked = (
+        bool(checkpoints.eval_first or checkpoints.evaluation) if compared is None else compared.score_base
+    )
+    if heldout and asked and totals.before is None:
         is_fresh = run.parts.origin.name is None and base_is_without_adapter(run.parts.model)
         with without_fresh_adapter(run.parts.model, is_fresh=is_fresh):
-            totals.before, before = _score(run, heldout, "Before")
+            scored = _score(run, heldout, "Before")
+            totals.before, before = scored.score, list(scored.answers)
     with stop_on_signals() as stop:
         _train(run, totals, before, stop)
         run.store.publish_best()
@@ -171,19 +188,29 @@ def _carry_out(run: Run, totals: Totals) -> RunRecord:
         raise Interrupted(str(run.folder), f"{stop.signal_name} after step {totals.steps}", _kept(run))
     samples: tuple[SampleAnswer, ...] = ()
     if heldout:
-        totals.after, after = _score_best(run, totals, heldout)
-        samples = make_samples(heldout.questions, before, after)
+        if compared is None and (score := _known_score(run, heldout)) is not None:
+            totals.after = score
+        else:
+            best = _score_best(run, totals, heldout)
+            totals.after, samples = best.score, make_samples(heldout.questions, before, best.answers)
+            if compared is not None:
+                write_heldout(run.folder / HELD_OUT, best, heldout.questions)
     record = make_record(run, totals, "finished", samples)
     run.track.emit(RunFinished(record))
     return record
 
 
-def _score_best(run: Run, totals: Totals, heldout: HeldOut) -> tuple[Score, list[str]]:
+def _known_score(run: Run, heldout: HeldOut) -> Score | None:
+    """The checkpoint schedule may have taken this very loss of the best weights."""
     best = run.store.best()
     loss = read_manifest(best.path).eval_loss if best else None
-    if loss is not None and heldout is run.parts.valid and not heldout.questions:
-        # The checkpoint schedule has taken this very loss of these very weights.
-        return Score(len(heldout.rows), loss, perplexity(loss)), []
+    if loss is None or heldout is not run.parts.valid or heldout.questions:
+        return None
+    return Score(len(heldout.rows), loss, perplexity(loss))
+
+
+def _score_best(run: Run, totals: Totals, heldout: HeldOut) -> Scored:
+    best = run.store.best()
     if best is not None and best.step != totals.steps:
         restore(run.parts.model, run.parts.kind, best.path)
     return _score(run, heldout, "After")
@@ -233,7 +260,7 @@ def _evaluate(run: Run, totals: Totals, stop: StopRequest) -> None:
         return
     begun = time.perf_counter()
     try:
-        score, _ = _score(run, valid, f"Step {totals.steps}", stop)
+        score = _score(run, valid, f"Step {totals.steps}", stop).score
     except StopRequested:
         return
     if not math.isfinite(score.loss):
@@ -306,9 +333,7 @@ def _budget(parts: Assembly) -> int | None:
     return parts.memory.token_budget if parts.memory else None
 
 
-def _score(
-    run: Run, heldout: HeldOut, label: str, stop: StopRequest | None = None
-) -> tuple[Score, list[str]]:
+def _score(run: Run, heldout: HeldOut, label: str, stop: StopRequest | None = None) -> Scored:
     def show(what: str, done: int, total: int) -> None:
         run.track.emit(Progress(what, done, total))
         if stop is not None:

@@ -22,6 +22,7 @@ class MicroBatch:
         attention_mask: int64, same shape: 1 on real tokens; None where no row is padded.
         trained: bool, same shape: True where the token is a target.
         rows, real_tokens, trained_tokens: counts over the whole micro-batch.
+        members: which rows of the split these are, in their order here; empty where nobody said.
     """
 
     input_ids: torch.Tensor
@@ -30,6 +31,7 @@ class MicroBatch:
     rows: int
     real_tokens: int
     trained_tokens: int
+    members: tuple[int, ...] = ()
 
 
 def split_by_tokens(

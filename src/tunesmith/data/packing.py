@@ -35,6 +35,7 @@ class PackedBatch:
         targets: int64, shape (trained,): the ids to predict, row by row.
         layout: the borders of rows.
         rows, real_tokens: rows, and tokens of all rows, the prefix counted once a row.
+        members: which rows of the split these are, in their order here; empty where nobody said.
     """
 
     input_ids: torch.Tensor
@@ -44,6 +45,7 @@ class PackedBatch:
     layout: Layout
     rows: int
     real_tokens: int
+    members: tuple[int, ...] = ()
 
     @property
     def trained_tokens(self) -> int:

@@ -86,7 +86,7 @@ def evaluate_model(
                 tasks[label] = progress.add_task(label, total=total)
             progress.update(tasks[label], completed=done)
 
-        score, answers = score_heldout(
+        scored = score_heldout(
             servable.model,
             passes,
             servable.tokenizer,
@@ -97,8 +97,8 @@ def evaluate_model(
             label=servable.name,
             on_progress=show,
         )
-    pairs = [(q.shown, q.expected, a) for q, a in zip(questions, answers, strict=True)]
-    return Evaluation(servable.name, data, rows.sha256, score, pairs)
+    pairs = [(q.shown, q.expected, a) for q, a in zip(questions, scored.answers, strict=True)]
+    return Evaluation(servable.name, data, rows.sha256, scored.score, pairs)
 
 
 def _train_on(servable: Servable, data: str) -> TrainOn:

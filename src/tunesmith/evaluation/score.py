@@ -7,7 +7,7 @@ from typing import Any
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.evaluation.answers import Question, greedy_answers
 from tunesmith.evaluation.heldout import perplexity, score_answers
-from tunesmith.evaluation.row_loss import row_loss
+from tunesmith.evaluation.row_loss import RowLosses, row_loss
 from tunesmith.models.batches import MicroBatches
 from tunesmith.models.passes import Passes
 from tunesmith.models.stops import Stops
@@ -26,6 +26,22 @@ class HeldOut:
     max_new_tokens: int
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A score with what it is the mean of.
+
+    Attributes:
+        answers: to the questions; empty where there are none.
+        losses: of each row.
+        values: the metric of each answer; empty where there are none.
+    """
+
+    score: Score
+    answers: Sequence[str]
+    losses: RowLosses
+    values: Sequence[float]
+
+
 def score_heldout(
     model: Any,
     passes: Passes,
@@ -37,8 +53,8 @@ def score_heldout(
     seed: int,
     label: str,
     on_progress: OnProgress,
-) -> tuple[Score, list[str]]:
-    """Score a model, and give its answers to ``heldout.questions``.
+) -> Scored:
+    """Score a model on rows and questions.
 
     Args:
         passes: computes losses of ``model``.
@@ -46,15 +62,16 @@ def score_heldout(
         seed: of the bootstrap, where the metric needs one.
         label, on_progress: ``on_progress(f"{label}: loss", done, total)``.
     """
-    loss = row_loss(
+    losses = row_loss(
         passes,
         heldout.rows,
         micro_batches=micro_batches,
         on_progress=lambda done, total: on_progress(f"{label}: loss", done, total),
     )
+    loss = losses.mean
     base = Score(len(heldout.rows), loss, perplexity(loss))
     if heldout.metric is None or not heldout.questions:
-        return base, []
+        return Scored(base, [], losses, [])
     # Answers need a cache of keys and values, which may have the memory that losses needed.
     passes.rest()
     answers = greedy_answers(
@@ -68,4 +85,5 @@ def score_heldout(
     )
     expected = [question.expected for question in heldout.questions]
     metric = score_answers(expected, answers, heldout.metric, seed=seed)
-    return Score(base.rows, loss, base.perplexity, metric.name, metric.value, metric.interval), answers
+    score = Score(base.rows, loss, base.perplexity, metric.name, metric.value, metric.interval)
+    return Scored(score, answers, losses, metric.per_row)

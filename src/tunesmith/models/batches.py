@@ -1,6 +1,7 @@
 """How the rows of a step become micro-batches: packed where the model proves to compute it, else padded."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ def packed_batches(token_budget: int, device: torch.device, most_rows: int | Non
 
     def batches(rows: TokenizedRows, chosen: Sequence[int]) -> Iterator[Batch]:
         for group in split_packed(rows, chosen, token_budget, most_rows):
-            yield pack_rows([rows.row(i) for i in group], device)
+            batch = pack_rows([rows.row(i) for i in group], device)
+            yield replace(batch, members=tuple(map(int, group)))
 
     return batches
 
@@ -32,7 +34,8 @@ def padded_batches(
 
     def batches(rows: TokenizedRows, chosen: Sequence[int]) -> Iterator[Batch]:
         for group in split_by_tokens(chosen, rows.lengths, token_budget, most_rows):
-            yield pad_rows([rows.row(i) for i in group], pad_token_id, device)
+            batch = pad_rows([rows.row(i) for i in group], pad_token_id, device)
+            yield replace(batch, members=tuple(map(int, group)))
 
     return batches
 

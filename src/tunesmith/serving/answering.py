@@ -10,13 +10,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Self, cast
 
 from tunesmith.serving.chat import Speaker, Voice
 from tunesmith.serving.faults import Refusal, bad_request, is_stopping, queue_is_full, too_late
 from tunesmith.serving.metrics import Histogram, Metrics
-from tunesmith.serving.protocol import ChatRequest, CompletionRequest
+from tunesmith.serving.protocol import ChatRequest, CompletionRequest, Finish, NamedTool
 from tunesmith.serving.registry import Version
+from tunesmith.serving.request_log import current_record
 from tunesmith.serving.seam import (
     BadRequest,
     Engine,
@@ -27,6 +28,29 @@ from tunesmith.serving.seam import (
     Token,
     UnknownAdapter,
 )
+from tunesmith.serving.structured import Form, constraint_for, json_form
+from tunesmith.serving.tool_answers import Call, CallReader, CallStyle, call_form, hides_markers, style_of
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an answer's tokens become its text and its calls.
+
+    Attributes:
+        stops: texts that end the answer.
+        style: how its calls are written; None: it has none.
+        most_calls: that may be in it; None: any number.
+        shows_control: whether control tokens are part of the text, as the marks of calls may be.
+    """
+
+    stops: tuple[str, ...]
+    style: CallStyle | None = None
+    most_calls: int | None = None
+    shows_control: bool = False
+
+    def call_reader(self) -> CallReader | None:
+        """Of a new answer."""
+        return CallReader(self.style, self.most_calls) if self.style else None
 
 
 @dataclass(frozen=True)
@@ -36,7 +60,7 @@ class Job:
     prompts: Sequence[Sequence[int]]
     n: int
     sampling: Sampling
-    stops: tuple[str, ...]
+    reading: Reading
     deadline_seconds: float
 
     @property
@@ -53,13 +77,15 @@ class Piece:
     text: str
     tokens: tuple[Token, ...]
     starts: tuple[int, ...]
-    finish: Literal["stop", "length"] | None
+    finish: Finish | None
+    calls: tuple[Call, ...] = ()  # all of the answer's, with its ``finish``
 
 
 @dataclass
 class _Answer:
     ticket: Ticket
     speaker: Speaker
+    call_reader: CallReader | None
     tokens: list[Token] = field(default_factory=list)  # of which the text has not been told yet
     starts: list[int] = field(default_factory=list)
     length: int = 0
@@ -91,6 +117,15 @@ class Answering:
         self._is_closed = False
         self.output_tokens = 0
         self._name = version.name
+        self._record = current_record()
+        self._record.model, self._record.version = version.name, version.key and version.key[:16]
+        self._record.prompt_tokens, self._record.output_tokens = job.prompt_tokens, 0
+        self._record.finish = ["abort"] * (len(job.prompts) * job.n)
+        if self._record.prompts is not None:
+            self._record.prompts = [
+                str(version.voice.tokenizer.decode(list(prompt))) for prompt in job.prompts
+            ]
+            self._record.answers = [""] * len(self._record.finish)
         self._metrics.active[self._name] += 1
         try:
             self._submit(version)
@@ -114,7 +149,9 @@ class Answering:
                     raise
                 except EngineError:  # it is closed
                     raise is_stopping() from None
-                self._answers.append(_Answer(ticket, Speaker(version.voice.tokenizer, job.stops)))
+                reading = job.reading
+                speaker = Speaker(version.voice.tokenizer, reading.stops, shows_control=reading.shows_control)
+                self._answers.append(_Answer(ticket, speaker, reading.call_reader()))
         self._metrics.prompt_tokens[self._label] += job.prompt_tokens
 
     def __enter__(self) -> Self:
@@ -148,7 +185,10 @@ class Answering:
             if piece.finish is not None:
                 answer.is_done = True
                 left -= 1
-                self._metrics.finished[self._label, piece.finish] += 1
+                self._record.finish[number] = piece.finish
+                self._metrics.finished[self._label, "length" if piece.finish == "length" else "stop"] += 1
+            if self._record.answers is not None:
+                self._record.answers[number] += piece.text + "".join(f"\n{call}" for call in piece.calls)
             yield piece
 
     def close(self, *, counted: bool = True) -> None:
@@ -173,9 +213,11 @@ class Answering:
 
     def _take(self, number: int, answer: _Answer, token: Token) -> Piece | None:
         self.output_tokens += 1
+        self._record.output_tokens = self.output_tokens
         self._metrics.output_tokens[self._label] += 1
         self._clock(answer)
-        text, finish = "", token.finish
+        text, finish = "", cast("Finish | None", token.finish)
+        calls: tuple[Call, ...] = ()
         if token.finish != "stop":  # a stop token is not part of the answer
             answer.tokens.append(token)
             answer.starts.append(answer.length)
@@ -186,9 +228,16 @@ class Answering:
             finish = "stop"
             if token.finish is None:
                 self._engine.cancel(answer.ticket)
+        if answer.call_reader is not None:
+            text = answer.call_reader.add(text)
+            if finish is not None:
+                rest, calls = answer.call_reader.end()
+                text += rest
+            if calls and finish == "stop":
+                finish = "tool_calls"
         if not text and finish is None:
             return None
-        piece = Piece(number, text, tuple(answer.tokens), tuple(answer.starts), finish)
+        piece = Piece(number, text, tuple(answer.tokens), tuple(answer.starts), finish, calls)
         answer.tokens.clear()
         answer.starts.clear()
         answer.length += len(text)
@@ -198,6 +247,7 @@ class Answering:
         now = time.monotonic()
         if answer.last_at is None:
             self._metrics.first_token.setdefault(self._label, Histogram()).add(now - self._began)
+            self._record.first_token_at = self._record.first_token_at or now
         else:
             self._metrics.between_tokens.setdefault(self._label, Histogram()).add(now - answer.last_at)
         answer.last_at = now
@@ -251,23 +301,57 @@ def room_for(prompt: Sequence[int], most: int | None, context_length: int, param
 
 def sampling_of(
     request: ChatRequest | CompletionRequest, voice: Voice, max_tokens: int, vocabulary: int
-) -> tuple[Sampling, tuple[str, ...]]:
-    """A request's sampling, and the texts that end its answers.
+) -> tuple[Sampling, Reading]:
+    """A request's sampling, and how its answers are read.
 
     Raises:
-        Refusal: 400: a biased token is none of the vocabulary.
+        Refusal: 400: a biased token is none of the vocabulary, or answers cannot be held to the form asked for.
     """
     biases = request.biases()
     if biases and max(biases) >= vocabulary:
         raise bad_request(f"logit_bias: the vocabulary has {vocabulary:,} tokens", "logit_bias")
+    form, style = _form_of(request, voice), _style_of(request, voice)
     stops = voice.stops_with(request.stops, request.ignore_eos)
+    stop_ids = frozenset(stops.token_ids)
     sampling = Sampling(
         max_tokens=max_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
         seed=None if request.seed is None else request.seed % 2**63,
-        stop_token_ids=frozenset(stops.token_ids),
+        stop_token_ids=stop_ids,
         logit_bias=biases,
         top_logprobs=request.likeliest,
+        constraint=constraint_for(form, voice, vocabulary, stop_ids) if form else None,
     )
-    return sampling, stops.strings
+    # The model's own stop texts could cut a held answer in the middle of a JSON string; its end is a token.
+    strings = tuple(text for text in stops.strings if form is None or text in request.stops)
+    return sampling, Reading(strings, style, _most_calls(request), style is not None and hides_markers(voice))
+
+
+def _form_of(request: ChatRequest | CompletionRequest, voice: Voice) -> Form | None:
+    if isinstance(request, ChatRequest) and request.must_call:
+        style = style_of(voice)
+        if style is None:
+            message = (
+                "tool_choice: how this model's chat template writes calls is not known here; set it to auto"
+            )
+            raise bad_request(message, "tool_choice")
+        choice = request.tool_choice
+        name = choice.function.name if isinstance(choice, NamedTool) else None
+        return call_form(style, voice, request.tools or (), name, _most_calls(request))
+    given = request.response_format
+    if given is None or given.type == "text":
+        return None
+    if given.json_schema is None:
+        return json_form({"type": "object"}, "response_format")
+    return json_form(given.json_schema.schema_, "response_format.json_schema.schema")
+
+
+def _style_of(request: ChatRequest | CompletionRequest, voice: Voice) -> CallStyle | None:
+    return style_of(voice) if isinstance(request, ChatRequest) and request.may_call else None
+
+
+def _most_calls(request: ChatRequest | CompletionRequest) -> int | None:
+    if not isinstance(request, ChatRequest):
+        return None
+    return 1 if request.parallel_tool_calls is False or isinstance(request.tool_choice, NamedTool) else None

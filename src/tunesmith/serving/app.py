@@ -11,6 +11,9 @@ from starlette.requests import ClientDisconnect
 from tunesmith.serving import protocol as wire
 from tunesmith.serving.faults import Refusal, is_stopping
 from tunesmith.serving.metrics import CONTENT_TYPE
+from tunesmith.serving.model_cards import CardedModel, carded_model
+from tunesmith.serving.page_routes import add_page
+from tunesmith.serving.request_log import HEADER, RequestLog, current_record
 from tunesmith.serving.service import Service
 from tunesmith.serving.streaming import HungUp
 
@@ -22,8 +25,13 @@ async def body_of(request: Request) -> bytes:
     """The request's body, read no further than it may be long.
 
     Raises:
-        Refusal: 413: it is longer; 408: it does not come.
+        Refusal: 415: it is not said to be JSON; 413: it is longer; 408: it does not come.
     """
+    # A page of another site can make a browser send a form or a text, but not JSON.
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = "The body must be JSON, with Content-Type: application/json"
+        raise Refusal(415, message, "not_json", headers={"Connection": "close"})
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -66,6 +74,10 @@ def create_app(service: Service) -> FastAPI:
     async def models() -> wire.ModelList:
         return await asyncio.to_thread(service.models)
 
+    @app.get("/v1/models/{name:path}", dependencies=asks)
+    async def model(name: str) -> CardedModel:
+        return await asyncio.to_thread(carded_model, service, name)
+
     @app.post("/v1/load_lora_adapter", dependencies=loads)
     async def load_lora_adapter(body: Body) -> dict[str, Any]:
         given = wire.parse_request(wire.LoadRequest, body)
@@ -88,20 +100,28 @@ def create_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return PlainTextResponse(service.metrics_text(), media_type=CONTENT_TYPE)
 
+    add_page(app)
     _answer_errors(app, service)
+    app.add_middleware(RequestLog)
     return app
 
 
 async def _parsed(kind: type[wire.RequestType], body: bytes) -> wire.RequestType:
-    if len(body) <= _SOON_READ:
-        return wire.parse_request(kind, body)
-    return await asyncio.to_thread(wire.parse_request, kind, body)
+    is_short = len(body) <= _SOON_READ
+    request = (
+        wire.parse_request(kind, body)
+        if is_short
+        else await asyncio.to_thread(wire.parse_request, kind, body)
+    )
+    current_record().model = getattr(request, "model", None)
+    return request
 
 
 def _answer_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(Refusal)
     async def refused(_: Request, refusal: Refusal) -> Response:
         service.metrics.refused[refusal.status] += 1
+        current_record().error = refusal.code
         return refusal.response()
 
     @app.exception_handler(HTTPException)
@@ -119,6 +139,7 @@ def _answer_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(Exception)
     async def broken(request: Request, _: Exception) -> Response:
         # Starlette logs the traceback; the client is told nothing of it.
-        return await refused(
-            request, Refusal(500, "A fault in the server; its log says more", "internal_error")
-        )
+        # This answer is outside of the log of requests.
+        headers = {HEADER: request.scope.get("tunesmith.request_id", "")}
+        fault = Refusal(500, "A fault in the server; its log says more", "internal_error", headers=headers)
+        return await refused(request, fault)

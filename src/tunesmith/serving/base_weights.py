@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from tunesmith.checkpoints.manifest import fingerprint_weights
-from tunesmith.errors import ModelError
 from tunesmith.models.base import BaseFolder, load_model
 from tunesmith.models.kernels.arrangement import Shape
 from tunesmith.models.kernels.layer import Norm
 from tunesmith.models.kernels.linear import Linear
 from tunesmith.models.kernels.reading import UnreadableError, read_decoder
+from tunesmith.serving.adapter_files import NotServed
 from tunesmith.serving.product import Product
 
 # Position embeddings that do not change with the length of a request, so that one table holds them.
@@ -76,7 +76,8 @@ def load_base(base: BaseFolder, positions: int | None) -> BaseWeights:
         positions: longest request, in tokens; None or more than the model has: what it has.
 
     Raises:
-        ModelError: it cannot be loaded, or is none of the kind this engine computes.
+        NotServed: it is none of the kind this engine computes.
+        ModelError: it cannot be loaded.
     """
     with ThreadPoolExecutor(1) as beside:  # hashing half a gigabyte takes as long as loading it
         hashed = beside.submit(fingerprint_weights, base.weight_files)
@@ -86,7 +87,7 @@ def load_base(base: BaseFolder, positions: int | None) -> BaseWeights:
     try:
         return _read(model.eval().requires_grad_(False), min(positions or limit, limit), fingerprint)
     except UnreadableError as error:
-        raise ModelError(
+        raise NotServed(
             base.model_id, f"the CPU engine does not serve it: {error}", "use another engine"
         ) from error
 

@@ -17,6 +17,7 @@ from tunesmith.data.rendering import Renderer, RenderingError, TrainOn
 from tunesmith.models.base import BaseFolder, load_tokenizer
 from tunesmith.models.stops import Stops, find_stops
 from tunesmith.serving.faults import bad_request
+from tunesmith.serving.templates import bound_rendering
 
 _TOKENIZER_MARKS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 _SPEECH_FILES = (
@@ -114,7 +115,7 @@ class VoiceBox:
 def _read(folder: Path, name: str, base: Voice | None) -> Voice:
     from transformers import GenerationConfig
 
-    tokenizer = load_tokenizer(BaseFolder(name, folder, None))
+    tokenizer = bound_rendering(load_tokenizer(BaseFolder(name, folder, None)))
     renderer = Renderer(tokenizer)
     has_settings = (folder / "generation_config.json").is_file()
     settings = GenerationConfig.from_pretrained(folder) if has_settings else None
@@ -145,10 +146,11 @@ class Speaker:
     Args:
         tokenizer: of the model.
         stops: texts that end the answer and are not part of it.
+        shows_control: whether control tokens are part of the text.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, stops: Sequence[str], *, shows_control: bool = False) -> None:
+        self._tokenizer, self._shows_control = tokenizer, shows_control
         self._stops = tuple(stops)
         self._longest = max(map(len, self._stops), default=0)
         self._ids: list[int] = []
@@ -194,4 +196,6 @@ class Speaker:
         return any(stop.startswith(text) for stop in self._stops)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)) if ids else ""
+        if not ids:
+            return ""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not self._shows_control))

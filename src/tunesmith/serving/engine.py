@@ -131,6 +131,7 @@ class CpuEngine:
     ) -> Ticket:
         """See ``Engine``."""
         self._check(prompt, sampling)
+        chooser = Chooser(sampling)
         queue = self._queue
         with queue.wake:
             if queue.is_closed:
@@ -142,7 +143,7 @@ class CpuEngine:
             if len(queue.waiting) >= self._settings.waiting + max(idle, 0):
                 raise EngineFull(f"{len(queue.waiting)} requests wait already")
             request = _Request(
-                Ticket(next(self._numbers)), found.adapter if found else None, Chooser(sampling), deliver,
+                Ticket(next(self._numbers)), found.adapter if found else None, chooser, deliver,
                 len(prompt), list(prompt),
             )  # fmt: skip
             if found:
@@ -356,15 +357,20 @@ class CpuEngine:
         rows = logits(self._base, hidden, plan, self._scratch)
         chosen = choose_all(rows, [request.chooser for request in requests])
         for request, token, row in zip(requests, chosen, rows, strict=True):
-            request.is_sound = token >= 0
+            request.is_sound = token != -1
             if not request.is_sound:
-                self._end(request, EngineError("the model's output is not finite"))
+                token = EngineError("the model's output is not finite")
+            if isinstance(token, EngineError):
+                self._end(request, token)
                 continue
             request.tokens.append(token)
             self._counts.output_tokens += 1
             top = request.chooser.sampling.top_logprobs
             logprob, likeliest = logprobs(row, token, top) if top is not None else (None, ())
-            self._end_or_go_on(request, Token(token, logprob, likeliest, self._finish(request)))
+            finish = self._finish(request)
+            if finish is None:
+                request.chooser.accept(token)
+            self._end_or_go_on(request, Token(token, logprob, likeliest, finish))
 
     def _finish(self, request: _Request) -> Literal["stop", "length"] | None:
         sampling, made = request.chooser.sampling, len(request.tokens) - request.prompt_length

@@ -66,11 +66,39 @@ class StreamOptions(_Body):
     continuous_usage_stats: Literal[False] = False
 
 
-class ResponseFormat(BaseModel):
-    """The form an answer has to have; only free text is built."""
+class JsonSchema(_Body):
+    """A schema by OpenAI's rules; it is held to whatever ``strict`` says."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
-    type: _Short
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: Text | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """The form an answer has to have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type json_schema, and with no other")
+        return self
+
+
+class NamedFunction(_Body):
+    """The name of a tool."""
+
+    name: _Short
+
+
+class NamedTool(_Body):
+    """The one tool to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class SamplingFields(_Body):
@@ -98,10 +126,8 @@ class SamplingFields(_Body):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ValueError(
-                f"response_format: {shorten(self.response_format.type)} is not supported by this server; leave it out"
-            )
+        if self.wants_json and self.ignore_eos:
+            raise ValueError("response_format: an answer of this form has an end; leave out ignore_eos")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: has no effect without stream; leave it out")
         return self
@@ -115,6 +141,11 @@ class SamplingFields(_Body):
     def wants_usage(self) -> bool:
         """Whether the stream ends with a chunk that counts tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_json(self) -> bool:
+        """Whether answers are held to JSON."""
+        return self.response_format is not None and self.response_format.type != "text"
 
     def biases(self) -> dict[int, float]:
         """``logit_bias`` by token id.
@@ -137,7 +168,7 @@ class ChatRequest(SamplingFields):
     logprobs: bool = False
     top_logprobs: TopLogprobs | None = None
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     store: Literal[False] | None = None
     metadata: Annotated[dict[_Short, _Short], Field(max_length=MAX_METADATA)] | None = None
@@ -146,7 +177,25 @@ class ChatRequest(SamplingFields):
     def _check_chat(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs; set logprobs to true")
+        if self.must_call and not self.tools:
+            raise ValueError("tool_choice: there are no tools to choose from; send tools")
+        if self.must_call and self.ignore_eos:
+            raise ValueError("tool_choice: a call has an end; leave out ignore_eos")
+        if self.wants_json and self.tools and self.tool_choice != "none":
+            raise ValueError(
+                "response_format: an answer has this form or calls tools; leave out one, or set tool_choice to none"
+            )
         return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether an answer has to call a tool."""
+        return self.tool_choice not in (None, "auto", "none")
+
+    @property
+    def may_call(self) -> bool:
+        """Whether an answer may call a tool."""
+        return bool(self.tools) and self.tool_choice != "none"
 
     @property
     def most_tokens(self) -> int | None:
@@ -218,6 +267,7 @@ _MANIFOLD = {
     "stop": f"must be a text of 1 to {MAX_STOP_CHARACTERS} characters, or at most {MAX_STOPS} such texts",
     "prompt": f"must be a text of at most {MAX_CHARACTERS:,} characters, a list of token ids, or a list of at most "
     f"{MAX_PROMPTS} of either",
+    "tool_choice": "must be none, auto, required, or one tool by its name",
 }
 _TEMPLATE_FIELDS = ("chat_template", "chat_template_kwargs")
 
@@ -267,6 +317,8 @@ def _refusal(kind: type[BaseModel], error: ValidationError) -> Refusal:
 
 
 # Replies
+
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class Model(BaseModel):
@@ -326,12 +378,34 @@ class CompletionLogprobs(BaseModel):
     top_logprobs: list[dict[str, float]] | None
 
 
+class CalledFunction(BaseModel):
+    """What an answer calls; ``arguments`` is the JSON text of an object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call in an answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ToolCallDelta(ToolCall):
+    """A call in a stream, whole in one event; ``index`` is its place among the answer's calls."""
+
+    index: int
+
+
 class ChatMessage(BaseModel):
-    """An answer."""
+    """An answer; ``content`` is null where there is nothing but calls."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -340,16 +414,16 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Finish
 
 
 class ChatDelta(BaseModel):
     """One answer to a chat, what is new of it."""
 
     index: int
-    delta: dict[Literal["role", "content"], str]
+    delta: dict[Literal["role", "content", "tool_calls"], str | list[ToolCallDelta]]
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Finish | None
 
 
 class CompletionChoice(BaseModel):

@@ -131,6 +131,15 @@ class Registry:
                 names.listing, names.listed_at = tuple(self._scan()), self._now()
             return names.listing
 
+    def folder_of(self, name: str) -> Path | None:
+        """The folder of the adapter that ``name`` means now, which is not loaded; None: a base, or no model."""
+        with self._lock:
+            entry = self._names.entries.get(name)
+            if entry and entry.is_pinned:
+                return entry.folder if _is_adapter(entry.folder) and self._is_inside(entry.folder) else None
+            folder = self._find(name)
+            return None if folder is None or self._is_hidden(name, folder) else folder
+
     def load(self, name: str, path: str | None = None) -> Version:
         """Load an adapter under ``name``, as a new version if the name has one. On failure nothing changes.
 

@@ -1,13 +1,15 @@
 """Pieces of answers -> replies in the forms of the two completion routes, whole or as events."""
 
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from tunesmith.serving import protocol as wire
 from tunesmith.serving.answering import Piece
 from tunesmith.serving.chat import Voice
 from tunesmith.serving.seam import Token
+from tunesmith.serving.tool_answers import Call
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -61,7 +63,9 @@ def joined(pieces: Sequence[Piece], answers: int) -> list[Piece]:
         own = [piece for piece in pieces if piece.number == number]
         tokens = tuple(token for piece in own for token in piece.tokens)
         starts = tuple(start for piece in own for start in piece.starts)
-        found.append(Piece(number, "".join(piece.text for piece in own), tokens, starts, own[-1].finish))
+        calls = tuple(call for piece in own for call in piece.calls)
+        text = "".join(piece.text for piece in own)
+        found.append(Piece(number, text, tokens, starts, own[-1].finish, calls))
     return found
 
 
@@ -85,9 +89,14 @@ class ChatWriter:
             yield self._chunk([choice])
 
     def event(self, piece: Piece) -> Reply:
+        delta: dict[Any, Any] = {"content": piece.text} if piece.text else {}
+        if piece.calls:
+            delta["tool_calls"] = [
+                wire.ToolCallDelta(index=index, **_called(call)) for index, call in enumerate(piece.calls)
+            ]
         choice = wire.ChatDelta(
             index=piece.number,
-            delta={"content": piece.text} if piece.text else {},
+            delta=delta,
             logprobs=self._logprobs(piece),
             finish_reason=piece.finish,
         )
@@ -100,7 +109,10 @@ class ChatWriter:
         choices = [
             wire.ChatChoice(
                 index=piece.number,
-                message=wire.ChatMessage(content=piece.text),
+                message=wire.ChatMessage(
+                    content=piece.text or (None if piece.calls else ""),
+                    tool_calls=[wire.ToolCall(**_called(call)) for call in piece.calls] or None,
+                ),
                 logprobs=self._logprobs(piece),
                 finish_reason=piece.finish or "stop",
             )
@@ -158,7 +170,10 @@ class CompletionWriter:
 
     def _choice(self, piece: Piece) -> wire.CompletionChoice:
         return wire.CompletionChoice(
-            index=piece.number, text=piece.text, logprobs=self._logprobs(piece), finish_reason=piece.finish
+            index=piece.number,
+            text=piece.text,
+            logprobs=self._logprobs(piece),
+            finish_reason="length" if piece.finish == "length" else piece.finish and "stop",
         )
 
     def _logprobs(self, piece: Piece) -> wire.CompletionLogprobs | None:
@@ -174,6 +189,11 @@ class CompletionWriter:
             tokens=[text(token.id) for token in piece.tokens],
             top_logprobs=likeliest if self._likeliest else None,
         )
+
+
+def _called(call: Call) -> dict[str, Any]:
+    function = wire.CalledFunction(name=call.name, arguments=call.arguments)
+    return {"id": f"call_{secrets.token_hex(12)}", "function": function}
 
 
 def _finite(logprob: float) -> float:

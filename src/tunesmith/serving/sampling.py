@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tunesmith.serving.seam import Sampling
+from tunesmith.serving.seam import Constraint, EngineError, Sampling
 
 _GREEDY_BELOW = 1e-5  # temperatures that would only overflow
 _FIRST_LIKELIEST = 128  # tokens looked at first for the nucleus, eight times as many until it is full
@@ -20,16 +20,26 @@ class Chooser:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self.is_plain = sampling.temperature < _GREEDY_BELOW and not sampling.logit_bias
+        self._constraint: Constraint | None = sampling.constraint() if sampling.constraint else None
+        is_free = not sampling.logit_bias and self._constraint is None
+        self.is_plain = sampling.temperature < _GREEDY_BELOW and is_free
         self._random = random.Random(sampling.seed)
         bias = sorted(sampling.logit_bias.items())
         self._biased = torch.tensor([token for token, _ in bias], dtype=torch.int64)
         self._bias = torch.tensor([value for _, value in bias], dtype=torch.float32)
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token, for ``logits`` (vocabulary,), which are not changed."""
+        """The next token, for ``logits`` (vocabulary,), which are not changed.
+
+        Raises:
+            EngineError: the constraint leaves nothing to choose from.
+        """
         if len(self._biased):
             logits = logits.index_add(0, self._biased, self._bias)
+        if self._constraint is not None:
+            logits = logits.masked_fill(~torch.from_numpy(self._constraint.mask()), -torch.inf)
+            if not logits.max().isfinite():
+                raise EngineError("no token fits the form that the answer has to have")
         sampling = self.sampling
         if sampling.temperature < _GREEDY_BELOW:
             return int(logits.argmax())
@@ -39,6 +49,11 @@ class Chooser:
             return _invert(probabilities.cumsum(0, dtype=torch.float64), drawn)
         likeliest, summed = _nucleus(probabilities, sampling.top_p)
         return int(likeliest[_invert(summed, drawn)])
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with ``token``."""
+        if self._constraint is not None:
+            self._constraint.accept(token)
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,16 +76,20 @@ def _invert(summed: torch.Tensor, drawn: float) -> int:
     return place if place < len(summed) else int(torch.searchsorted(summed, float(summed[-1])))
 
 
-def choose_all(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[int]:
-    """A token for each row of ``logits`` (rows, vocabulary); -1 where a row is not finite."""
+def choose_all(logits: torch.Tensor, choosers: Sequence[Chooser]) -> list[int | EngineError]:
+    """A token for each row of ``logits`` (rows, vocabulary); -1 where a row is not finite, an error where its
+    constraint has failed."""
     best, greedy = logits.max(dim=1)
-    tokens: list[int] = greedy.tolist()
+    tokens: list[int | EngineError] = greedy.tolist()
     # The maximum passes NaN on; minus infinity everywhere is as useless.
     for row, is_finite in enumerate(best.isfinite().tolist()):
         if not is_finite:
             tokens[row] = -1
         elif not choosers[row].is_plain:
-            tokens[row] = choosers[row].choose(logits[row])
+            try:
+                tokens[row] = choosers[row].choose(logits[row])
+            except EngineError as error:  # of this row alone
+                tokens[row] = error
     return tokens
 
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NewType, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 AdapterKey = NewType(
     "AdapterKey", str
 )  # 64 hex digits: the SHA-256 of all that decides what the adapter computes
@@ -26,6 +29,22 @@ class BadRequest(EngineError):
     """The prompt or a number of the request is out of bounds."""
 
 
+class Constraint(Protocol):
+    """What one answer may go on with; used from the engine's thread alone."""
+
+    def mask(self) -> NDArray[np.bool_]:
+        """(vocabulary,), true where the token may come next; stop tokens are true where the answer may end.
+
+        Raises:
+            EngineError: it cannot be worked out; the answer has to end.
+        """
+        ...
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with ``token``, which ``mask`` allowed and which did not end it. Must not block."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen, and when to stop."""
@@ -38,6 +57,9 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int | None = (
         None  # None: no logprobs; 0: of the chosen token alone; n: also the n likeliest
+    )
+    constraint: Callable[[], Constraint] | None = (
+        None  # begins the one of an answer; it does not touch logprobs
     )
 
 

@@ -22,6 +22,7 @@ from tunesmith.serving.chat import VoiceBox
 from tunesmith.serving.metrics import Metrics
 from tunesmith.serving.protocol import MAX_NAME, NAME
 from tunesmith.serving.registry import Registry
+from tunesmith.serving.request_log import start_request_log, stop_request_log
 from tunesmith.serving.seam import Engine
 from tunesmith.serving.security import API_KEY, Keys
 from tunesmith.serving.service import Service
@@ -42,6 +43,7 @@ class ServeOptions:
     max_running: int = 16
     max_waiting: int = 64
     grace_seconds: int = 30
+    log_contents: bool = False
 
 
 def serve(options: ServeOptions, say: Say) -> None:
@@ -57,6 +59,7 @@ def serve(options: ServeOptions, say: Say) -> None:
             "--dynamic-lora-loading-path", f"{options.root} is no folder", "name a folder of adapters"
         )
     listener = bind(options.host, options.port)
+    start_request_log(contents=options.log_contents)
     try:
         base = find_base(options.base, say=say)
         engine = _engine(base, options)
@@ -69,6 +72,7 @@ def serve(options: ServeOptions, say: Say) -> None:
         finally:
             engine.close()
     finally:
+        stop_request_log()
         listener.close()
 
 
@@ -156,9 +160,10 @@ class DrainingServer(uvicorn.Server):
 
 
 def _engine(base: BaseFolder, options: ServeOptions) -> Engine:
-    from tunesmith.serving.engine import CpuEngine, EngineSettings
+    from tunesmith.serving.engine import EngineSettings
+    from tunesmith.serving.engines import open_engine
 
-    return CpuEngine(base, EngineSettings(running=options.max_running, waiting=options.max_waiting))
+    return open_engine(base, EngineSettings(running=options.max_running, waiting=options.max_waiting))
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -98,8 +98,8 @@ class Service:
             raise bad_request(f"{param}: the vocabulary has {limits.vocabulary:,} tokens", param)
         # One length for all: what the longest prompt leaves.
         rooms = [room_for(prompt, request.most_tokens, limits.context_length, param) for prompt in prompts]
-        sampling, stops = sampling_of(request, version.voice, min(rooms), limits.vocabulary)
-        return version, Job(prompts, request.n, sampling, stops, self.deadline_seconds)
+        sampling, reading = sampling_of(request, version.voice, min(rooms), limits.vocabulary)
+        return version, Job(prompts, request.n, sampling, reading, self.deadline_seconds)
 
 
 def _prompts(

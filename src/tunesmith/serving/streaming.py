@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from tunesmith.serving.faults import Refusal
+from tunesmith.serving.request_log import current_record
 
 _DONE = b"data: [DONE]\n\n"
 Result = TypeVar("Result")
@@ -82,6 +83,7 @@ class EventStream(Response):
             async for reply in self._replies:
                 await _body(send, event(reply.model_dump_json()))
         except Refusal as refusal:
+            current_record().error = refusal.code
             await _body(send, event(json.dumps(refusal.body())))
         await _body(send, _DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -142,7 +142,8 @@ def test_a_body_that_does_not_come_is_waited_for_no_longer(
     monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
     address = slow.url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1])), timeout=10) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Content-Length: 9\r\n\r\n{")
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
 
 

@@ -22,6 +22,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
+JSON = {"Content-Type": "application/json"}
 TURN = {"role": "user", "content": "a"}
 
 
@@ -59,7 +60,8 @@ BOTH = [
     ("logit_bias", {str(VOCABULARY): 1}), ("logit_bias", {str(i): 1 for i in range(1_025)}),
     ("logit_bias", {"9" * 600: 1}),
     ("stream", "yes"), ("stream_options", {"include_usage": True}), ("user", "a" * 513),
-    ("response_format", {"type": "json_object"}), ("response_format", {"type": "json_schema", "json_schema": {}}),
+    ("response_format", {"type": "xml"}), ("response_format", {"type": "json_schema", "json_schema": {}}),
+    ("response_format", {"type": "json_schema"}),
     ("top_k", 5), ("min_p", 0.1), ("presence_penalty", 1), ("frequency_penalty", -1), ("repetition_penalty", 1.1),
     ("best_of", 2), ("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {}), ("unheard_of", 1),
 ]  # fmt: skip
@@ -141,12 +143,31 @@ def test_every_neutral_value_is_taken(http: httpx.Client, path: str) -> None:
      b'{"model": "\\u0000"}', b"[" * 5_000],
 )  # fmt: skip
 def test_a_body_that_is_no_object_of_json(http: httpx.Client, content: bytes) -> None:
-    assert refused(http.post("/v1/completions", content=content))["code"] == "invalid_json"
+    assert refused(http.post("/v1/completions", content=content, headers=JSON))["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    "route", ["chat/completions", "completions", "load_lora_adapter", "unload_lora_adapter"]
+)
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
+)
+def test_what_a_page_of_another_site_can_send_is_not_read(
+    open_to_all: httpx.Client, route: str, kind: str | None
+) -> None:
+    headers = {"Authorization": "Bearer admin", **({"Content-Type": kind} if kind else {})}
+    reply = open_to_all.post(f"/v1/{route}", content=json.dumps(TEXT), headers=headers)
+    assert refused(reply, 415)["code"] == "not_json"
+
+
+def test_a_character_set_beside_json_is_no_matter(http: httpx.Client) -> None:
+    headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert http.post("/v1/completions", content=json.dumps(TEXT), headers=headers).status_code == 200
 
 
 def test_a_body_that_is_too_long_is_not_read_to_its_end(http: httpx.Client) -> None:
     body = json.dumps({**TEXT, "user": "a" * (4 * 2**20)}).encode()
-    assert refused(http.post("/v1/completions", content=body), 413)["code"] == "body_too_long"
+    assert refused(http.post("/v1/completions", content=body, headers=JSON), 413)["code"] == "body_too_long"
 
 
 def test_a_missing_field_is_named(http: httpx.Client) -> None:
@@ -180,7 +201,7 @@ def test_no_request_is_a_fault_of_the_server(
     open_to_all: httpx.Client, path: str, wrong: dict[str, Any]
 ) -> None:
     body = {"chat/completions": CHAT, "completions": TEXT}.get(path, {"lora_name": "x"})
-    header = {"Authorization": "Bearer admin"}
+    header = {"Authorization": "Bearer admin", **JSON}
     reply = open_to_all.post(f"/v1/{path}", content=json.dumps({**body, **wrong}), headers=header)
     assert reply.status_code in (200, 400, 404), reply.text
     if reply.status_code != 200:

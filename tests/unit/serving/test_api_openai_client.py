@@ -213,10 +213,10 @@ def test_errors_become_the_clients_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(
             model="tiny", messages=MESSAGES,
-            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wat"}}},
         )  # fmt: skip
     assert refused.value.param == "response_format"
-    assert "json_schema is not supported" in refused.value.message
+    assert refused.value.message.endswith("response_format.json_schema.schema: Invalid type: wat")
 
 
 @pytest.fixture
