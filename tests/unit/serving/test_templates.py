@@ -69,7 +69,9 @@ def test_a_template_without_end_is_ended_and_its_work_too(workers: TemplateWorke
     before = [sum(child.cpu_times()[:2]) for child in survivors]
     own = time.process_time()
     time.sleep(0.3)
-    assert [sum(child.cpu_times()[:2]) for child in survivors] == before
+    after = [sum(child.cpu_times()[:2]) for child in survivors]
+    # A rendering that went on would take all of the 0.3 s; idle helpers of other tests wake up now and then.
+    assert sum(after) - sum(before) < 0.1
     assert time.process_time() - own < 0.1
     assert rendered(workers, "{{ messages | length }}") == "3"
 
