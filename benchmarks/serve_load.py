@@ -34,7 +34,7 @@ from serving_engines import (
 )  # fmt: skip
 from serving_material import ADAPTER_STD, drop, make_adapters, prompts, reference
 from serving_report import plot, table
-from serving_server import Server, ServerFailed, run_client, tunesmith_server
+from serving_server import Server, ServerFailed, end_with_children, run_client, tunesmith_server
 from serving_stats import medians, models_of, poisson_arrivals, summarise
 from tokenizers import Tokenizer
 
@@ -287,6 +287,7 @@ class LoadTest:
 def main() -> int:
     """Make the adapters, measure, check; 1 where our own server failed."""
     chosen = arguments()
+    end_with_children()
     base = find_base(chosen.model, say=print)
     chosen.output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="serve-load-") as temporary:

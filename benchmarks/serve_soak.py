@@ -27,7 +27,7 @@ import httpx
 from serving_checks import body
 from serving_history import ABSENT, History, verdict
 from serving_material import ADAPTER_STD, drop, make_adapters, prompts, take_away
-from serving_server import ADMIN, Server, ServerFailed, tunesmith_server
+from serving_server import ADMIN, Server, ServerFailed, end_with_children, tunesmith_server
 from serving_stats import growth
 from tokenizers import Tokenizer
 
@@ -122,9 +122,10 @@ class Soak:
                 if any(top[-1] - top[-2] < _SMALLEST_GAP for top in tops if len(top) > 1):
                     near += 1
                     break
+                if choice["text"] in found.values():
+                    break  # each model must give an answer of its own, or a mix-up of two would not be seen
                 found[name] = choice["text"]
-            # Each model must give its own answer, or a mix-up of two would not be seen.
-            if len(found) == len(self.store) + 1 == len(set(found.values())):
+            if len(found) == len(self.store) + 1:
                 self.prompts.append(prompt)
                 self.answers.append(found)
             if len(self.prompts) == _PROMPTS:
@@ -313,6 +314,7 @@ async def soak(test: Soak, candidates: Sequence[list[int]]) -> None:
 def main() -> int:
     """Run, write the result, and say by the exit code whether all was well."""
     chosen = arguments()
+    end_with_children()
     base = find_base(chosen.model, say=print)
     chosen.output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="serve-soak-") as temporary:

@@ -16,7 +16,9 @@ from serving_server import HERE, ServerFailed, thread_environment
 from tokenizers import Tokenizer
 
 PROMPT_TOKENS = 32
-ADAPTER_STD = 0.02  # of A and B; with it every adapter of the default model answers in its own way
+ADAPTER_STD = (
+    0.05  # of A and B: 16 adapters of the default model then give 16 answers, with 0.02 half of them agree
+)
 _TEXT = """
 the river town old bridge where people trade grain for cloth each spring and a small boat carries letters across
 while children count stones birds sing loud before rain falls on green hills under grey morning light my brother

@@ -167,6 +167,11 @@ def thread_environment(threads: int | None) -> dict[str, str]:
     return {} if threads is None else {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
+def end_with_children() -> None:
+    """Make SIGTERM end this process as an error would, so that no server is left behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def run_client(job: Mapping[str, Any], work: Path) -> dict[str, Any]:
     """Run serving_client.py on a job; ServerFailed where it fails."""
     asked, told = work / "client-job.json", work / "client-result.json"
