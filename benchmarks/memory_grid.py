@@ -33,7 +33,7 @@ from tunesmith.run import finetune
 tunesmith.assembly.TOKEN_BUDGETS = (int(sys.argv[2]),)
 finetune(load_config(sys.argv[1], []), Console(quiet=True))
 """
-_SMALL = """
+SMALL_MODEL = """
 import sys, torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
@@ -46,11 +46,11 @@ tokenizer.save_pretrained(sys.argv[2])
 """
 
 
-def write_rows(path: Path, length: int, seed: int) -> None:
-    """Chats of about ``length`` tokens, of which a third is trained."""
+def write_rows(path: Path, length: int, seed: int, count: int = ROWS) -> None:
+    """``count`` chats of about ``length`` tokens, of which a third is trained."""
     draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
-        for _ in range(ROWS):
+        for _ in range(count):
             asked = " ".join(draw.choices(_WORDS, k=max(1, 2 * length // 3 - 25)))
             answered = " ".join(draw.choices(_WORDS, k=length // 3))
             messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -111,7 +111,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         small, base = folder / "llama-50m", find_base(chosen.model, weights=True, say=print)
-        subprocess.run([sys.executable, "-c", _SMALL, str(base.path), str(small)], check=True)
+        subprocess.run([sys.executable, "-c", SMALL_MODEL, str(base.path), str(small)], check=True)
         combinations = itertools.product(LENGTHS, BUDGETS, METHODS, (str(small), chosen.model))
         for length, budget, method, model in combinations:
             found.append(run(folder, model, method, length, budget))

@@ -18,6 +18,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import save_tiny_model, tiny_model
 from tunesmith.errors import ModelError
 from tunesmith.models.base import BaseFolder
+from tunesmith.serving.footprint import Measure
+from tunesmith.serving.memory import Base
+from tunesmith.serving.registry import Version
 from tunesmith.serving.seam import (
     AdapterKey,
     BadRequest,
@@ -35,6 +38,7 @@ from tunesmith.serving.server import DrainingServer, bind, build_service
 from tunesmith.serving.service import Service
 
 CONTEXT, VOCABULARY = 256, 400  # of tiny_models
+LIMITS = EngineLimits(CONTEXT, VOCABULARY, running=4, waiting=8)
 
 
 def save_base(folder: Path) -> Path:
@@ -241,6 +245,12 @@ class Served:
         return httpx.Client(base_url=self.url, **{"timeout": 30, **more})
 
 
+def resolve(service: Service, name: str) -> Version:
+    """What ``name`` means now, loaded and let go of again."""
+    with service.memory.claim() as claim:
+        return service.registry.hold(name, claim).result(10)
+
+
 @contextmanager
 def served(
     base: Path,
@@ -250,10 +260,41 @@ def served(
     grace_seconds: int = 1,
     **settings: Any,
 ) -> Iterator[Served]:
-    """A server on a free port; ``settings`` are attributes of its service."""
+    """A server of one base on a free port; ``settings`` are attributes of its service."""
     engine = engine or PlainEngine()
+    only = Base(base.name, 0, BaseFolder(str(base), base, None), CONTEXT)
     said: list[str] = []
-    service = build_service(engine, BaseFolder(str(base), base, None), root, keys or Keys(), said.append)
+    service = service_of([only], root, lambda _: engine, said.append, keys=keys, limits=engine.limits)
+    with running(service, said, base, root, engine, grace_seconds, **settings) as found:
+        yield found
+
+
+def service_of(
+    bases: Sequence[Base],
+    root: Path | None,
+    open_engine: Callable[[BaseFolder], Any],
+    say: Callable[[str], None],
+    *,
+    keys: Keys | None = None,
+    limit: int | None = None,
+    limits: EngineLimits = LIMITS,
+) -> Service:
+    """A service with those bases loaded that have room."""
+    measure = Measure(limits.running, limits.waiting, CONTEXT, 0)
+    return build_service(bases, root, keys or Keys(), say, measure, open_engine, limit)
+
+
+@contextmanager
+def running(
+    service: Service,
+    said: list[str],
+    base: Path,
+    root: Path,
+    engine: Any = None,
+    grace_seconds: int = 1,
+    **settings: Any,
+) -> Iterator[Served]:
+    """A service at work on a free port."""
     for name, value in settings.items():
         setattr(service, name, value)
     server = DrainingServer(service, grace_seconds, said.append)
@@ -268,7 +309,7 @@ def served(
         server.stop()
         thread.join(10)
         listener.close()
-        engine.close()
+        service.memory.close()
 
 
 def wait_for(is_so: Callable[[], Any], seconds: float = 10.0) -> None:

@@ -1,6 +1,6 @@
 """The parts that a configuration names, built: rows, model, plan, held-out questions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ from tunesmith.data.conversation import detect_task
 from tunesmith.data.lengths import fit_to_length
 from tunesmith.data.prompt_format import chat_template
 from tunesmith.data.rendering import Renderer, TrainOn
-from tunesmith.data.rows import tokenize_rows
+from tunesmith.data.rows import TokenizedRows, tokenize_rows
 from tunesmith.data.splits import Splits, choose_context_length, load_splits
-from tunesmith.errors import ConfigError, ModelError
+from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.evaluation.answers import read_questions
 from tunesmith.evaluation.generation_memory import generation_bytes, sizes_of
 from tunesmith.evaluation.heldout import check_expected
@@ -30,7 +30,7 @@ from tunesmith.models.base import (
     load_tokenizer,
     model_limit,
 )
-from tunesmith.models.batches import MicroBatches, micro_batches, prepare_packing
+from tunesmith.models.batches import MicroBatches, Share, micro_batches, prepare_packing
 from tunesmith.models.catalog import cache_dir
 from tunesmith.models.kernels.reading import read_decoder
 from tunesmith.models.method import (
@@ -43,6 +43,7 @@ from tunesmith.models.passes import KernelPasses, Passes, choose_passes
 from tunesmith.models.stops import Stops, find_stops
 from tunesmith.starting_points import Origin, adapter_to_continue, origin_of, weights_id
 from tunesmith.training.schedule import StepPlan, plan_steps
+from tunesmith.training.workers import ALONE, Workers, first_then_others
 
 DEFAULT_TRAIN_ROWS = 8
 DEFAULT_EVAL_ROWS = 16
@@ -85,6 +86,7 @@ class Assembly:
     eval_batches: MicroBatches
     batches_reason: str
     origin: Origin
+    world: int = 1  # workers that train together
 
 
 def template_of(settings: GenerationConfig) -> str | None:
@@ -135,7 +137,12 @@ def assemble_text(loaded: LoadedConfig, *, weights: bool, skip_bad_rows: bool, s
 
 
 def assemble(
-    loaded: LoadedConfig, *, skip_bad_rows: bool, say: Say, token_budget: int | None = None
+    loaded: LoadedConfig,
+    *,
+    skip_bad_rows: bool,
+    say: Say,
+    token_budget: int | None = None,
+    workers: Workers = ALONE,
 ) -> Assembly:
     """Everything a run needs; nothing has been written yet.
 
@@ -143,16 +150,26 @@ def assemble(
 
     Raises:
         ConfigError, DataError, ModelError: what the configuration names cannot be used.
+        RunError: workers would compute differently.
     """
     config = loaded.config
     refuse_contradictions(loaded)
-    text = assemble_text(loaded, weights=True, skip_bad_rows=skip_bad_rows, say=say)
-    fitted = text.splits.fitted(text.context_length, config.data.on_too_long)
-    heldout, valid = held_out(loaded, text, fitted, skip_bad_rows=skip_bad_rows)
+
+    def read() -> tuple[TextParts, Splits, HeldOut | None, HeldOut | None]:
+        text = assemble_text(loaded, weights=True, skip_bad_rows=skip_bad_rows, say=say)
+        fitted = text.splits.fitted(text.context_length, config.data.on_too_long)
+        return text, fitted, *held_out(loaded, text, fitted, skip_bad_rows=skip_bad_rows)
+
+    # Fetching a model and tokenising its rows is done once; the other workers find both in the caches.
+    text, fitted, heldout, valid = first_then_others(workers, read)
     optimization = config.optimization
-    batch = rows_per_step(optimization.train_batch_size_per_device, optimization.gradient_accumulation_steps)
+    batch = rows_per_step(
+        optimization.train_batch_size_per_device,
+        optimization.gradient_accumulation_steps,
+        config.cluster.num_devices,
+    )
     plan = plan_steps(len(fitted.train), batch, optimization.num_epochs, optimization.min_update_steps)
-    kind, model, autocast, dtype_reason, origin = _load(loaded, text)
+    kind, model, autocast, dtype_reason, origin = _load(loaded, text, workers)
     stops = find_stops(
         text.tokenizer,
         model.generation_config,
@@ -161,22 +178,33 @@ def assemble(
     )
     set_generation_defaults(model, list(stops.token_ids), list(stops.strings))
     packs, batches_reason = prepare_packing(model, fitted.train, stops.token_ids[0])
-    passes, passes_reason = choose_passes(model, fitted.train, packs=packs, autocast=autocast)
+    passes, passes_reason = choose_passes(
+        model, fitted.train, packs=packs, autocast=autocast, sharded=workers.in_step
+    )
+    ways = sorted(set(workers.gather("; ".join((dtype_reason, batches_reason, passes_reason)))))
+    if len(ways) > 1:
+        raise RunError("workers", f"would not compute alike ({' / '.join(ways)})", "give them equal machines")
     memory = None
     if isinstance(passes, KernelPasses):
-        memory = plan_memory(
-            read_decoder(model),
+        memory = _plan_memory(
+            model,
             fitted.train,
+            [rows for rows in (heldout, valid) if rows is not None],
             batch,
             optimization.seed,
-            sum(p.numel() * p.element_size() for p in trainable_parameters(model)),
             TOKEN_BUDGETS if token_budget is None else (token_budget,),
             text.context_length if optimization.padding == "max_length" else None,
-            max((_answering_bytes(model, rows) for rows in (heldout, valid) if rows), default=0),
+            longest_uncut(loaded, heldout, text.model_limit),
+            workers,
         )
         passes.reserve(memory.buffers)
     train_batches, eval_batches = _micro_batches(
-        packs, memory, stops.token_ids[0], choose_device(), config.checkpoints.eval_batch_size_per_device
+        packs,
+        memory,
+        stops.token_ids[0],
+        choose_device(),
+        config.checkpoints.eval_batch_size_per_device,
+        Share(workers.rank, workers.world, workers.in_step),
     )
     return Assembly(
         text=TextParts(
@@ -197,12 +225,16 @@ def assemble(
         eval_batches=eval_batches,
         batches_reason=batches_reason,
         origin=origin,
+        world=workers.world,
     )
 
 
-def rows_per_step(batch_size: int | Literal["auto"], gradient_accumulation_steps: int) -> int:
-    """Rows that one optimizer step covers."""
-    return (DEFAULT_TRAIN_ROWS if batch_size == "auto" else batch_size) * gradient_accumulation_steps
+def rows_per_step(
+    batch_size: int | Literal["auto"], gradient_accumulation_steps: int, num_devices: int = 1
+) -> int:
+    """Rows that one optimizer step covers, on all devices together."""
+    rows = DEFAULT_TRAIN_ROWS if batch_size == "auto" else batch_size
+    return rows * gradient_accumulation_steps * num_devices
 
 
 def refuse_contradictions(loaded: LoadedConfig) -> None:
@@ -213,8 +245,7 @@ def refuse_contradictions(loaded: LoadedConfig) -> None:
     """
     config = loaded.config
     is_lora = isinstance(config.method, LoraMethod)
-    if is_lora:
-        refuse_unusable_place(config.output)
+    refuse_unusable_place(config.output, forwards=is_lora)
     if config.model.initial_adapter_model_ckpt_path is not None and not is_lora:
         raise ConfigError(
             loaded.place("initial_adapter_model_ckpt_path"),
@@ -233,6 +264,14 @@ def refuse_contradictions(loaded: LoadedConfig) -> None:
         raise ConfigError(
             loaded.place("best_metric"), f"is {metric}, but valid_path is absent", "set valid_path"
         )
+
+
+def longest_uncut(loaded: LoadedConfig, scored: HeldOut | None, limit: int | None) -> int:
+    """Tokens of the longest row of a test file, which is cut at the model's ``limit`` and not at ``context_length``."""
+    evaluation = loaded.config.checkpoints.evaluation
+    if scored is None or evaluation is None or evaluation.test_path is None or limit is None:
+        return 0
+    return min(int(scored.rows.lengths.max()), limit)
 
 
 def held_out(
@@ -284,7 +323,7 @@ def _questions(path: str, settings: Evaluation, text: TextParts, rows: Any) -> H
 
 
 def _load(
-    loaded: LoadedConfig, text: TextParts
+    loaded: LoadedConfig, text: TextParts, workers: Workers
 ) -> tuple[Literal["lora", "full"], Any, torch.dtype | None, str, Origin]:
     settings, method = loaded.config.model, loaded.config.method
     device = choose_device()
@@ -292,25 +331,53 @@ def _load(
     autocast = None if dtype == torch.float32 else dtype
     # Trained weights stay float32: in bfloat16 a small step would round to nothing.
     weights_dtype = dtype if isinstance(method, LoraMethod) else torch.float32
-    model = load_model(text.base, dtype=weights_dtype, device=device, context_length=text.context_length)
+    # What is going to be split may be too large for a device as a whole.
+    place = torch.device("cpu") if workers.in_step else device
+    model = load_model(text.base, dtype=weights_dtype, device=place, context_length=text.context_length)
     folder = None
     if isinstance(method, LoraMethod):
         start = settings.initial_adapter_model_ckpt_path
-        given, place = method.lora_config, loaded.place("lora_config")
-        folder = adapter_to_continue(start, text.base, given, place) if start is not None else None
+        given, line = method.lora_config, loaded.place("lora_config")
+        folder = adapter_to_continue(start, text.base, given, line) if start is not None else None
         model = prepare_lora(
             model,
             given,
             seed=loaded.config.optimization.seed,
-            place=place,
+            place=line,
             continue_from=folder,
         )
     else:
         model = prepare_full(model)
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable()
+    workers.share(trainable_parameters(model))  # all begin with the same, whatever their machines draw
+    workers.shard(model)
     kind: Literal["lora", "full"] = "lora" if isinstance(method, LoraMethod) else "full"
     return kind, model, autocast, reason, origin_of(settings, text.base, folder)
+
+
+def _plan_memory(
+    model: Any, train: TokenizedRows, heldout: Sequence[HeldOut], batch: int, seed: int,
+    budgets: Sequence[int], longest: int | None, uncut: int, workers: Workers,
+) -> MemoryPlan:  # fmt: skip
+    """What fits on every worker's machine, agreed among them."""
+    decoder = read_decoder(model)
+    trained_bytes = sum(p.numel() * p.element_size() for p in trainable_parameters(model))
+    answering = max((_answering_bytes(model, rows) for rows in heldout), default=0)
+    evaluated = max((int(rows.rows.lengths.max()) for rows in heldout), default=0)
+
+    def plan_for(budgets: Sequence[int]) -> MemoryPlan:
+        return plan_memory(
+            decoder, train, batch, seed, trained_bytes, budgets, longest, answering, workers.here, evaluated,
+            min(uncut, evaluated),
+        )  # fmt: skip
+
+    workers.barrier()  # until all models of a machine are loaded, what is free there is not known
+    memory = plan_for(budgets)
+    if (smallest := min(workers.gather(memory.token_budget))) != memory.token_budget:
+        memory = plan_for((smallest,))
+    workers.barrier()
+    return memory
 
 
 def _answering_bytes(model: Any, heldout: HeldOut) -> int:
@@ -324,13 +391,13 @@ def _micro_batches(
     pad_token_id: int,
     device: torch.device,
     eval_batch: int | Literal["auto"],
+    share: Share,
 ) -> tuple[MicroBatches, MicroBatches]:
     eval_rows = DEFAULT_EVAL_ROWS if eval_batch == "auto" else eval_batch
-    # Evaluation takes less memory a token than training: with the same budget it fits where training does.
     train, evaluation = (
-        (memory.token_budget, memory.token_budget) if memory else (TRAIN_TOKEN_BUDGET, EVAL_TOKEN_BUDGET)
+        (memory.token_budget, memory.evaluation_budget) if memory else (TRAIN_TOKEN_BUDGET, EVAL_TOKEN_BUDGET)
     )
     return (
-        micro_batches(packs, train, pad_token_id, device),
-        micro_batches(packs, evaluation, pad_token_id, device, eval_rows),
+        micro_batches(packs, train, pad_token_id, device, share=share),
+        micro_batches(packs, evaluation, pad_token_id, device, eval_rows, share),
     )

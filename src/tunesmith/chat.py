@@ -20,7 +20,11 @@ _HELP = "Type a message. /reset starts anew, /exit or Ctrl-D ends."
 
 
 def chat(models: Sequence[Servable], console: Console, max_new_tokens: int, system: str | None) -> None:
-    """Read messages until the input ends; every model keeps a conversation of its own."""
+    """Read messages until the input ends; every model keeps a conversation of its own.
+
+    Raises:
+        DataError: what is read is no text.
+    """
     console.print(Text(_HELP, style="dim"))
     opening = (Message("system", system),) if system else ()
     turns = [list(opening) for _ in models]
@@ -96,6 +100,12 @@ def _messages(console: Console) -> Iterator[str]:
             except EOFError:
                 console.print()  # the shell's prompt belongs on a line of its own
                 return
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    "standard input", f"is not UTF-8 (byte {error.start})", "send text as UTF-8"
+                ) from error
+            # Under some locales Python reads bytes that are no text as halves of surrogate pairs.
+            said = said.encode("utf-8", "replace").decode("utf-8")
             if said in ("/exit", "/quit"):
                 return
             if said:

@@ -16,8 +16,9 @@ from tunesmith.data.order import step_rows
 from tunesmith.data.preview import preview, trained_text
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import ConfigError
+from tunesmith.planned_adapter import planned
 from tunesmith.run_record import config_notices
-from tunesmith.serving.findings import Finding, planned
+from tunesmith.serving.findings import Finding
 from tunesmith.training.schedule import plan_steps
 
 ServingEngine = Literal["tunesmith", "vllm"]
@@ -98,7 +99,8 @@ def check_config(
     refuse_contradictions(loaded)
     text = assemble_text(loaded, weights=False, skip_bad_rows=skip_bad_rows, say=say)
     settings = loaded.config.optimization
-    batch = rows_per_step(settings.train_batch_size_per_device, settings.gradient_accumulation_steps)
+    devices = loaded.config.cluster.num_devices
+    batch = rows_per_step(settings.train_batch_size_per_device, settings.gradient_accumulation_steps, devices)
     splits = [("train", text.splits.train), ("valid", text.splits.valid)]
     facts = tuple(_facts(name, rows, text.context_length, batch) for name, rows in splits if rows is not None)
     fitted = text.splits.fitted(text.context_length, loaded.config.data.on_too_long)

@@ -12,8 +12,27 @@
     └── Interrupted                exit code 130: Ctrl-C or SIGTERM, after saving
 
 A message is one line that names place, fault and remedy: ``configs/my.yaml line 14: no setting
-lerning_rate; closest is learning_rate``. Only ``DataError`` adds a list below that line.
+lerning_rate; closest is learning_rate``. Only ``DataError`` adds a list below that line, and only
+our own text breaks lines: what a user's file holds is escaped.
 """
+
+import json
+from typing import Any
+
+_LONGEST_VALUE = 60
+
+
+def printable(text: str) -> str:
+    """``text`` with line breaks, control and direction characters and lone surrogates escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown_value(value: Any) -> str:
+    """A value of a file as it stands in a message: JSON on one printable line, shortened."""
+    text = printable(json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
 class TunesmithError(Exception):
@@ -35,7 +54,8 @@ class TunesmithError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.place}: {self.fault}" if self.place else self.fault
-        return f"{text}; {self.remedy}" if self.remedy else text
+        text = f"{text}; {self.remedy}" if self.remedy else text
+        return "\n".join(map(printable, text.split("\n")))
 
 
 class UserError(TunesmithError):

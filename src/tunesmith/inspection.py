@@ -23,15 +23,16 @@ from tunesmith.checkpoints.store import newest_checkpoint
 from tunesmith.config.load import LoadedConfig, load_config
 from tunesmith.data.order import step_rows
 from tunesmith.data.packing import shared_prefix
-from tunesmith.data.problems import printable, shorten
+from tunesmith.data.problems import shorten
 from tunesmith.data.rendering import Renderer
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.data.sources import file_digest
 from tunesmith.data.splits import choose_context_length, load_splits
-from tunesmith.errors import DataError, TunesmithError, UserError
+from tunesmith.errors import CheckpointError, DataError, TunesmithError, UserError, printable
 from tunesmith.models.base import find_base, load_tokenizer, model_limit
 from tunesmith.models.catalog import cache_dir
 from tunesmith.resuming import find_run_folder
+from tunesmith.run_state import read_state
 from tunesmith.starting_points import weights_id
 from tunesmith.tracking.jsonl import read_events
 from tunesmith.training.schedule import StepPlan, plan_steps
@@ -92,10 +93,15 @@ def inspect_step(reference: str, step: int, output_dirs: Sequence[Path], say: Sa
     Raises:
         UserError: there is no such run or step, or nothing tells how many rows the run had.
     """
-    folder = _run_folder(reference, output_dirs)
-    loaded = load_config(str(folder / "config.yaml"), [])
+    folder = run_folder(reference, output_dirs)
+    loaded = load_config(str(folder / "config.yaml"), settled=True)
     notices: list[str] = []
-    recorded = _recorded(folder)
+    recorded, changes = _recorded(folder), _forced(folder)
+    if changes:
+        notices.append(
+            f"--force-resume let this run go on with other settings ({'; '.join(changes)}): what is told here is of "
+            "its first ones, and steps since then may have had other rows"
+        )
     rows, tokenizer = _read_rows(loaded, recorded, notices, say)
     count = recorded.rows if recorded else len(rows) if rows else None
     if count is None:
@@ -141,7 +147,16 @@ def print_step(console: Console, view: StepView) -> None:
         console.print(Text(f"Note: {notice}", style="yellow"), soft_wrap=True)
 
 
-def _run_folder(reference: str, output_dirs: Sequence[Path]) -> Path:
+def run_folder(reference: str, output_dirs: Sequence[Path]) -> Path:
+    """The folder of the run ``reference``: a path, or a name or tag in one of ``output_dirs``.
+
+    Raises:
+        UserError: there is no such run, or several.
+    """
+    try:
+        Path(reference).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, "~nobody", a null character
+        raise UserError(shorten(reference), "is no name of a run", "see: tunesmith models") from error
     for output_dir in output_dirs:
         with suppress(UserError):
             return find_run_folder(reference, output_dir)
@@ -165,10 +180,21 @@ def _recorded(folder: Path) -> _Recorded | None:
     return None
 
 
+def _forced(folder: Path) -> tuple[str, ...]:
+    """What --force-resume passed over, from the newest checkpoint, else the report."""
+    checkpoint = newest_checkpoint(folder)
+    with suppress(OSError, ValueError, KeyError, TypeError, CheckpointError):
+        if checkpoint is not None:
+            return read_state(checkpoint).totals.forced
+        return tuple(map(str, json.loads((folder / REPORT_NAME).read_bytes())["forced"]))
+    return ()
+
+
 def _chosen(loaded: LoadedConfig, rows: int, step: int) -> tuple[StepPlan, list[int]]:
     """The plan of the run, and the rows of ``step``, numbered from 0. Raises UserError where there is no such step."""
     settings = loaded.config.optimization
-    batch = rows_per_step(settings.train_batch_size_per_device, settings.gradient_accumulation_steps)
+    devices = loaded.config.cluster.num_devices
+    batch = rows_per_step(settings.train_batch_size_per_device, settings.gradient_accumulation_steps, devices)
     plan = plan_steps(rows, batch, settings.num_epochs, settings.min_update_steps)
     if not 1 <= step <= plan.total_steps:
         raise UserError(f"--step {step}", f"this run has steps 1 to {plan.total_steps}", "name one of them")

@@ -16,6 +16,7 @@ from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import RunError
 from tunesmith.models.kernels.decoder import Decoder
 from tunesmith.models.kernels.footprint import BatchShape, largest_buffers, training_bytes
+from tunesmith.planning.nearest import Beside, nearest
 from tunesmith.training.loop import peak_memory_bytes
 
 # Computed tokens in a micro-batch. Matrix products are efficient from some hundred on; above the first, more tokens
@@ -27,9 +28,17 @@ _SLACK = 1.03  # what the allocator and the libraries' own workspaces take besid
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """``peak_bytes``: predicted highest resident memory of the process in training; ``buffers``: elements of each."""
+    """Micro-batches that fit, and what they take.
+
+    Attributes:
+        token_budget: most computed tokens of a micro-batch in training.
+        evaluation_budget: the same where only losses are taken; no more than training ever has, as buffers stay.
+        peak_bytes: predicted highest resident memory of the process.
+        buffers: elements of each.
+    """
 
     token_budget: int
+    evaluation_budget: int
     peak_bytes: int
     buffers: Mapping[str, int]
 
@@ -37,6 +46,7 @@ class MemoryPlan:
 def plan_memory(
     decoder: Decoder, rows: TokenizedRows, rows_per_step: int, seed: int, trained_bytes: int,
     token_budgets: Sequence[int] = TOKEN_BUDGETS, longest: int | None = None, answering_bytes: int = 0,
+    sharers: int = 1, heldout_longest: int = 0, heldout_kept: int | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """The largest token budget whose run fits.
 
@@ -47,28 +57,76 @@ def plan_memory(
         longest: tokens of a row that must fit too, whether there is one or not.
         token_budgets: those to choose from, the largest first.
         answering_bytes: what answering held-out rows takes, while the buffers of training are given back.
+        sharers: processes like this one that are to fit into what is free.
+        heldout_longest: tokens of the longest row that is only evaluated. It counts where it is longer than any
+            micro-batch, as if it were trained on; a shorter one takes less than training does.
+        heldout_kept: of those, the longest that a smaller ``context_length`` would not cut, so that no remedy relies on
+            that; None: none would be.
 
     Raises:
         RunError: even one row at a time does not fit.
     """
-    resident, free = resident_bytes(), available_bytes()
-    chosen = step_rows(len(rows), rows_per_step, seed, 1)[:_STEPS]
+    resident, available = resident_bytes(), available_bytes()
+    free = None if available is None else available // sharers
     added = 0
+    kept = heldout_longest if heldout_kept is None else heldout_kept
+    beside = Beside(longest or 0, heldout_longest, kept, answering_bytes)
     for budget in token_budgets:
-        shapes = [_shape(rows, group) for step in chosen for group in split_packed(rows, step, budget)]
-        if longest is not None:
-            shapes.append(BatchShape(Layout(0, (longest,)), longest))
-        shapes = _largest(shapes)
-        # A gradient and two moments for each trained tensor.
-        added = int((3 * trained_bytes + max(training_bytes(decoder, shapes), answering_bytes)) * _SLACK)
+        shapes = shapes_beside(rows, rows_per_step, seed, budget, beside)
+        added = added_bytes(decoder, shapes, trained_bytes, answering_bytes)
         if free is None or added <= free:
             peak = max(peak_memory_bytes(), resident + added)
-            return MemoryPlan(budget, peak, largest_buffers(decoder, shapes))
+            most = max(shape.tokens for shape in shapes)
+            return MemoryPlan(budget, most, peak, largest_buffers(decoder, shapes))
+    assert free is not None
+
+    def needs(other: Decoder, data: TokenizedRows, trained: int, others: Beside) -> int:
+        shapes = shapes_beside(data, rows_per_step, seed, token_budgets[-1], others)
+        return added_bytes(other, shapes, trained, others.answering)
+
     raise RunError(
         "this machine",
-        f"training needs about {added / 1e9:.1f} GB more memory and {(free or 0) / 1e9:.1f} GB are free",
-        "set gradient_checkpointing: true, lower context_length, train with lora_config, or take a smaller model",
+        f"training needs about {added / 1e9:.1f} GB more memory and {free / 1e9:.1f} GB are free",
+        nearest(needs, decoder, rows, trained_bytes, free, beside),
     )
+
+
+def added_bytes(
+    decoder: Decoder, shapes: Sequence[BatchShape], trained_bytes: int, answering_bytes: int = 0
+) -> int:
+    """What training adds to a loaded model whose micro-batches have these shapes, arguments as of ``plan_memory``.
+
+    Of the decoder only sizes are read, so its tensors need no memory.
+    """
+    # A gradient and two moments for each trained tensor.
+    added = 3 * trained_bytes + max(training_bytes(decoder, shapes), answering_bytes)
+    return int(added * _SLACK)
+
+
+def largest_shapes(
+    rows: TokenizedRows, rows_per_step: int, seed: int, token_budget: int, longest: int | None = None
+) -> list[BatchShape]:
+    """Micro-batches among which the largest of each buffer are; arguments as of ``plan_memory``."""
+    chosen = step_rows(len(rows), rows_per_step, seed, 1)[:_STEPS]
+    shapes = [_shape(rows, group) for step in chosen for group in split_packed(rows, step, token_budget)]
+    if longest is not None:
+        shapes.append(_alone(longest))
+    return _largest(shapes)
+
+
+def shapes_beside(
+    rows: TokenizedRows, rows_per_step: int, seed: int, token_budget: int, beside: Beside
+) -> list[BatchShape]:
+    """Those, and the rows that must fit beside them: padded ones, and held-out ones longer than any micro-batch."""
+    shapes = largest_shapes(rows, rows_per_step, seed, token_budget, beside.padded or None)
+    if beside.evaluated > max(shape.tokens for shape in shapes):
+        shapes.append(_alone(beside.evaluated))
+    return shapes
+
+
+def _alone(tokens: int) -> BatchShape:
+    """A row by itself, every token of it trained: the most that a row of this length can take."""
+    return BatchShape(Layout(0, (tokens,)), tokens)
 
 
 def _shape(rows: TokenizedRows, group: Sequence[int]) -> BatchShape:
@@ -111,8 +169,11 @@ def available_bytes(system: Path = Path("/")) -> int | None:
         limit = (group / "memory.max").read_text(encoding="ascii").strip()
         if limit != "max":
             used = int((group / "memory.current").read_text(encoding="ascii"))
-            # Cached files count as used, and make way when memory is asked for.
-            found.append(max(0, int(limit) - used + _numbers(group / "memory.stat")["file"]))
+            # Cached files count as used, and make way when memory is asked for; files in memory, as in /dev/shm, are
+            # counted with them and do not.
+            known = _numbers(group / "memory.stat")
+            cached = known["file"] - known.get("shmem", 0)
+            found.append(max(0, int(limit) - used + cached))
     return min(found, default=None)
 
 

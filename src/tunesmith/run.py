@@ -5,7 +5,7 @@ This module and ``cli`` are the only ones that unpack a configuration.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,32 +16,37 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.assembly import Assembly, assemble
+from tunesmith.assembly import Assembly, Say, assemble
+from tunesmith.checkpoints.atomic import flush
 from tunesmith.checkpoints.lock import locked
 from tunesmith.checkpoints.manifest import FORMAT, BaseWeights, FileStamp, Manifest, read_manifest
 from tunesmith.checkpoints.signature import check_keys
-from tunesmith.checkpoints.store import TRAINING
+from tunesmith.checkpoints.store import BEST, TRAINING
 from tunesmith.config.load import LoadedConfig
+from tunesmith.config.schema import LoraMethod, RunConfig
 from tunesmith.errors import Interrupted, NonFiniteError, TunesmithError
 from tunesmith.evaluation.heldout import perplexity
 from tunesmith.evaluation.heldout_file import HELD_OUT, write_heldout
 from tunesmith.evaluation.score import HeldOut, Scored, score_heldout
 from tunesmith.models.lora import without_fresh_adapter
-from tunesmith.models.method import base_is_without_adapter, is_finite, restore, save_servable
+from tunesmith.models.method import base_is_without_adapter, is_finite, save_servable, servable_tensors
+from tunesmith.paths import expanded
 from tunesmith.resuming import (
     ResumePoint,
     differences,
     find_run_folder,
+    moved,
     other_settings,
     refuse,
     resume_point,
     unfinished_run,
+    with_step_of,
 )
 from tunesmith.run_open import base_weights, open_run
 from tunesmith.run_record import Run, data_facts, make_record, make_samples, run_started, start_notices
 from tunesmith.run_result import forward_best, leave_report, print_ways_on
 from tunesmith.run_state import RunState, environment_of, write_state
-from tunesmith.run_steps import kept_tensors, make_optimizer, put_back, steps_after
+from tunesmith.run_steps import kept_tensors, make_optimizer, put_back, put_back_weights, steps_after
 from tunesmith.run_totals import Totals
 from tunesmith.tracking.environment import seconds_since_process_start, versions
 from tunesmith.tracking.events import (
@@ -56,8 +61,9 @@ from tunesmith.tracking.events import (
 )
 from tunesmith.tracking.summary import print_summary
 from tunesmith.training.memory_errors import memory_errors
-from tunesmith.training.state import named_trainable, save_training_state
+from tunesmith.training.state import named_trainable, save_training_state, training_tensors
 from tunesmith.training.stop import StopRequest, StopRequested, stop_on_signals, terminate_as_interrupt
+from tunesmith.training.workers import ALONE, Workers, on_first
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def finetune(
     force_resume: bool = False,
     compared: Compared | None = None,
 ) -> RunRecord:
-    """Fine-tune as the configuration says.
+    """Fine-tune as the configuration says: in this process, or with ``num_devices`` above 1 by workers of a cluster.
 
     Leaves ``{output_dir}/{run}/`` with checkpoints, ``best/``, metrics and report; for LoRA also the copy
     that the server finds.
@@ -93,28 +99,60 @@ def finetune(
     Raises:
         TunesmithError: any of its kinds; what was saved before stays good.
     """
+    options = RunOptions(skip_bad_rows, resume, force_resume, compared)
+    check_keys()
+    if loaded.config.cluster.num_devices > 1:
+        from tunesmith.cluster.driver import finetune_on_cluster
+
+        return finetune_on_cluster(loaded, console, options)
+    return carry_out(loaded, console, options)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What ``finetune`` is asked for beside the configuration; see there."""
+
+    skip_bad_rows: bool = False
+    resume: str | None = None
+    force_resume: bool = False
+    compared: Compared | None = None
+
+
+def carry_out(
+    given: LoadedConfig,
+    console: Console,
+    options: RunOptions,
+    workers: Workers = ALONE,
+    stop: StopRequest | None = None,
+    opened: Callable[[Path], None] = lambda _folder: None,
+) -> RunRecord:
+    """The run itself, or one worker's part in it: all go the same way, the first alone writes and reports.
+
+    Args:
+        workers: who trains together, this process among them.
+        stop: set by whoever wants the run to stop, beside the signals of this process.
+        opened: told the run's folder as soon as there is one.
+    """
     started = time.perf_counter()
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    check_keys()
-    with terminate_as_interrupt(), memory_errors(), ExitStack() as held:
-        folder = _folder_to_resume(loaded, resume)
-        point = None
-        if folder is not None:
-            held.enter_context(locked(folder))
-            point = resume_point(folder)
-            if not force_resume:
-                refuse(folder, other_settings(point, loaded.resolved()))
+    with terminate_as_interrupt(), memory_errors(_lighter(given.config)), ExitStack() as held:
+        point, loaded = on_first(workers, lambda: _resumed(given, options, held, say))
         budget = point.state.token_budget if point and point.state else None
-        parts = assemble(loaded, skip_bad_rows=skip_bad_rows, say=say, token_budget=budget)
-        base = base_weights(parts.text.base)
-        totals = _totals(point, loaded, parts, base, force_resume=force_resume)
-        run = open_run(loaded, parts, base, console, started, point)
-        if folder is None:
-            held.enter_context(locked(run.folder))
-        record = _carry_out_and_report(run, totals, compared)
+        parts = assemble(
+            loaded, skip_bad_rows=options.skip_bad_rows, say=say, token_budget=budget, workers=workers
+        )
+        base = on_first(workers, lambda: base_weights(parts.text.base))
+        point, totals = on_first(
+            workers, lambda: _begin(point, loaded, parts, base, force_resume=options.force_resume)
+        )
+        run = open_run(loaded, parts, base, console, started, point, held, workers)
+        opened(run.folder)
+        record = _carry_out_and_report(run, totals, options.compared, stop)
+        if workers.rank:
+            return record
         # Before the report says that the run is finished: what ends in between is done when it is resumed.
         try:
             note = forward_best(run)
@@ -127,47 +165,84 @@ def finetune(
     return record
 
 
-def _folder_to_resume(loaded: LoadedConfig, resume: str | None) -> Path | None:
-    output_dir = Path(loaded.config.output.output_dir).expanduser()
+def _lighter(config: RunConfig) -> str:
+    """What may be changed where memory does not suffice: only what the run does not have already."""
+    changes = ["lower context_length"]
+    if not config.model.gradient_checkpointing:
+        changes.append("set gradient_checkpointing")
+    if not isinstance(config.method, LoraMethod):
+        changes.append("train with lora_config")
+    return ", ".join([*changes, "or take a smaller model"])
+
+
+def _resumed(
+    loaded: LoadedConfig, options: RunOptions, held: ExitStack, say: Say
+) -> tuple[ResumePoint | None, LoadedConfig]:
+    """Where to go on, and with which settings; the folder is locked until ``held`` is closed."""
+    folder = _folder_to_resume(loaded, options.resume, say)
+    if folder is None:
+        return None, loaded
+    held.enter_context(locked(folder))
+    point, loaded = resume_point(folder), with_step_of(folder, loaded)
+    if not options.force_resume:
+        refuse(folder, other_settings(point, loaded.resolved()))
+    return point, loaded
+
+
+def _folder_to_resume(loaded: LoadedConfig, resume: str | None, say: Say) -> Path | None:
+    output_dir = expanded(loaded.config.output.output_dir)
     if resume == "auto":
-        return unfinished_run(output_dir, loaded.resolved())
+        return unfinished_run(output_dir, loaded.resolved(), say)
     return find_run_folder(resume, output_dir) if resume is not None else None
 
 
-def _totals(
+def _begin(
     point: ResumePoint | None, loaded: LoadedConfig, parts: Assembly, base: BaseWeights, *, force_resume: bool
-) -> Totals:
+) -> tuple[ResumePoint | None, Totals]:
     """Where counting begins. Raises ConfigError where the run cannot go on to the same bits and must."""
     if point is None:
-        return Totals()
+        return None, Totals()
     found = differences(
-        point, loaded.resolved(), data_facts(parts), base, environment_of(parts), _budget(parts)
+        point,
+        loaded.resolved(),
+        data_facts(parts),
+        base,
+        environment_of(parts),
+        _budget(parts),
+        may_move=True,
     )
     if not force_resume:
         refuse(point.folder, found)
     totals = point.state.totals if point.state else Totals()
     totals.resumed_at += (point.step,)
     totals.forced += tuple(found)
-    return totals
+    if (notice := moved(point, environment_of(parts))) is not None:
+        point = replace(point, notices=(*point.notices, notice))
+    return point, totals
 
 
-def _carry_out_and_report(run: Run, totals: Totals, compared: Compared | None) -> RunRecord:
+def _carry_out_and_report(
+    run: Run, totals: Totals, compared: Compared | None, stop: StopRequest | None
+) -> RunRecord:
     try:
         with run.track:
-            record = _carry_out(run, totals, compared)
+            record = _carry_out(run, totals, compared, stop)
     except BaseException as error:
         status: Literal["interrupted", "failed"] = (
             "interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed"
         )
         with suppress(TunesmithError):  # the first error is the one to show, not what it led to
-            leave_report(run, make_record(run, totals, status))
+            if run.workers.rank == 0:
+                leave_report(run, make_record(run, totals, status))
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(str(run.folder), f"stopped after step {totals.steps}", _kept(run)) from error
         raise
     return record
 
 
-def _carry_out(run: Run, totals: Totals, compared: Compared | None) -> RunRecord:
+def _carry_out(
+    run: Run, totals: Totals, compared: Compared | None, asked_to_stop: StopRequest | None
+) -> RunRecord:
     run.track.emit(run_started(run))
     for notice in start_notices(run):
         run.track.emit(Notice(notice))
@@ -178,55 +253,75 @@ def _carry_out(run: Run, totals: Totals, compared: Compared | None) -> RunRecord
     )
     if heldout and asked and totals.before is None:
         is_fresh = run.parts.origin.name is None and base_is_without_adapter(run.parts.model)
+        # Switching an adapter off says of its tensors that they are not trained, and of a split model that stays.
+        is_fresh = is_fresh and not run.workers.in_step
         with without_fresh_adapter(run.parts.model, is_fresh=is_fresh):
             scored = _score(run, heldout, "Before")
             totals.before, before = scored.score, list(scored.answers)
-    with stop_on_signals() as stop:
-        _train(run, totals, before, stop)
-        run.store.publish_best()
-    if stop.signal_name:
-        raise Interrupted(str(run.folder), f"{stop.signal_name} after step {totals.steps}", _kept(run))
+    with stop_on_signals(asked_to_stop) as stop:
+        stopped = _train(run, totals, before, stop)
+        on_first(run.workers, lambda: run.store.publish_best())
+    # A signal that came after the last step stops the run too: what follows is to be done when it is resumed.
+    if stopped or run.workers.agree(bool(stop.signal_name)):
+        signal_name = next(filter(None, run.workers.gather(stop.signal_name)), "stopped")
+        raise Interrupted(str(run.folder), f"{signal_name} after step {totals.steps}", _kept(run))
     samples: tuple[SampleAnswer, ...] = ()
     if heldout:
         if compared is None and (score := _known_score(run, heldout)) is not None:
             totals.after = score
         else:
             best = _score_best(run, totals, heldout)
-            totals.after, samples = best.score, make_samples(heldout.questions, before, best.answers)
-            if compared is not None:
+            known = (
+                before if len(before) == len(best.answers) else []
+            )  # --force-resume may have let other rows in
+            totals.after, samples = best.score, make_samples(heldout.questions, known, best.answers)
+            if compared is not None and run.workers.rank == 0:
                 write_heldout(run.folder / HELD_OUT, best, heldout.questions)
-    record = make_record(run, totals, "finished", samples)
+    record = on_first(run.workers, lambda: make_record(run, totals, "finished", samples))
     run.track.emit(RunFinished(record))
     return record
 
 
 def _known_score(run: Run, heldout: HeldOut) -> Score | None:
     """The checkpoint schedule may have taken this very loss of the best weights."""
-    best = run.store.best()
-    loss = read_manifest(best.path).eval_loss if best else None
+
+    def eval_loss() -> float | None:
+        best = run.store.best()
+        return read_manifest(best.path).eval_loss if best else None
+
+    loss = on_first(run.workers, eval_loss)
     if loss is None or heldout is not run.parts.valid or heldout.questions:
         return None
     return Score(len(heldout.rows), loss, perplexity(loss))
 
 
 def _score_best(run: Run, totals: Totals, heldout: HeldOut) -> Scored:
-    best = run.store.best()
-    if best is not None and best.step != totals.steps:
-        restore(run.parts.model, run.parts.kind, best.path)
+
+    def other_best() -> Path | None:
+        best = run.store.best()
+        # Its published copy, which was compared with its manifest just now.
+        return None if best is None or best.step == totals.steps else run.folder / BEST
+
+    if (best := on_first(run.workers, other_best)) is not None:
+        put_back_weights(run.parts, best, run.workers)
     return _score(run, heldout, "After")
 
 
 def _kept(run: Run) -> str:
+    if run.workers.rank:
+        return ""  # the first worker's words are those that are shown
     best = run.store.best()
     return f"the best checkpoint is {best.path}" if best else "nothing had been saved yet"
 
 
-def _train(run: Run, totals: Totals, before: Sequence[str], stop: StopRequest) -> None:
-    parts, settings = run.parts, run.config.optimization
+def _train(run: Run, totals: Totals, before: Sequence[str], stop: StopRequest) -> bool:
+    """Train to the end, or until a worker is asked to stop: then True. All stop after the same step."""
+    parts, settings, workers = run.parts, run.config.optimization, run.workers
     optimizer = make_optimizer(parts, settings)
-    if run.resumed is not None and run.resumed.checkpoint is not None:
-        put_back(parts, optimizer, run.resumed.checkpoint)
-    steps = steps_after(parts, settings, optimizer, totals.steps, run.started)
+    checkpoint = run.resumed.checkpoint if run.resumed else None
+    if checkpoint is not None:
+        put_back(parts, optimizer, checkpoint, workers)
+    steps = steps_after(parts, settings, optimizer, totals.steps, run.started, workers)
     if totals.seconds_to_first_step is None:
         totals.seconds_to_first_step = seconds_since_process_start()
     try:
@@ -234,16 +329,20 @@ def _train(run: Run, totals: Totals, before: Sequence[str], stop: StopRequest) -
             totals.add(event)
             run.track.emit(event)
             ends_epoch = event.step % parts.plan.steps_per_epoch == 0
-            if _is_due(run, event.step) and not stop.signal_name:
+            is_due = _is_due(run, event.step)
+            if is_due and not workers.agree(bool(stop.signal_name)):
                 _evaluate(run, totals, stop)
             if ends_epoch:
                 run.track.emit(totals.end_epoch())
-            if _is_due(run, event.step) or stop.signal_name:
+            stopping = workers.agree(bool(stop.signal_name))
+            if is_due or stopping:
                 _save(run, totals, optimizer, before)
-            if stop.signal_name:
-                return
+                # A signal that came while saving needs no further step.
+                if stopping or workers.agree(bool(stop.signal_name)):
+                    return True
+        return False
     except NonFiniteError as error:
-        best = run.store.best()
+        best = run.store.best() if workers.rank == 0 else None
         kept = f"; the last good checkpoint is {best.path}" if best else ""
         raise NonFiniteError(error.place, error.fault, error.remedy + kept) from error
 
@@ -281,9 +380,23 @@ def _evaluate(run: Run, totals: Totals, stop: StopRequest) -> None:
 
 
 def _save(run: Run, totals: Totals, optimizer: torch.optim.Optimizer, before: Sequence[str]) -> None:
-    parts, evaluation = run.parts, totals.evaluation
-    if not is_finite(parts.model):
+    """By the first worker. The others wait, so that none is ahead of what can be lost."""
+    parts, workers = run.parts, run.workers
+    if workers.agree(not is_finite(parts.model)):
         raise NonFiniteError(f"step {totals.steps}", "a trained weight is not finite", "lower learning_rate")
+    served = workers.whole(servable_tensors(parts.model, parts.kind))
+    kept = workers.whole(training_tensors(named_trainable(parts.model), optimizer, kept_tensors(parts)))
+    on_first(workers, lambda: _save_here(run, totals, before, served, kept))
+
+
+def _save_here(
+    run: Run,
+    totals: Totals,
+    before: Sequence[str],
+    served: Mapping[str, torch.Tensor],
+    kept: Mapping[str, torch.Tensor],
+) -> None:
+    parts, evaluation = run.parts, totals.evaluation
     if evaluation is not None and evaluation.step != totals.steps:
         evaluation = None  # of an earlier step: says nothing about these weights
     metric = run.config.checkpoints.best_metric
@@ -316,15 +429,18 @@ def _save(run: Run, totals: Totals, optimizer: torch.optim.Optimizer, before: Se
         )
 
     def write(folder: Path) -> None:
-        save_servable(parts.model, parts.kind, parts.text.tokenizer, folder, parts.text.base.model_id)
+        model_id = parts.text.base.model_id
+        save_servable(parts.model, parts.kind, parts.text.tokenizer, folder, model_id, served)
         (folder / TRAINING).mkdir()
-        save_training_state(folder / TRAINING, named_trainable(parts.model), optimizer, kept_tensors(parts))
+        save_training_state(folder / TRAINING, kept)
         seconds = totals.earlier_seconds + time.perf_counter() - run.started
         state = RunState(
             replace(totals, earlier_seconds=seconds), tuple(before), _budget(parts), environment_of(parts)
         )
         write_state(folder, state)
 
+    # First, so that after a loss of power no checkpoint is ahead of the figures of its steps.
+    flush(run.folder / "metrics.jsonl")
     saved = run.store.save(totals.steps, write, manifest, score)
     run.track.emit(CheckpointEvent(saved.step, str(saved.path), saved.is_best, saved.seconds))
 
@@ -336,7 +452,7 @@ def _budget(parts: Assembly) -> int | None:
 def _score(run: Run, heldout: HeldOut, label: str, stop: StopRequest | None = None) -> Scored:
     def show(what: str, done: int, total: int) -> None:
         run.track.emit(Progress(what, done, total))
-        if stop is not None:
+        if stop is not None and run.workers.world == 1:  # several go on until they can agree
             stop.check()
 
     return score_heldout(
@@ -348,5 +464,6 @@ def _score(run: Run, heldout: HeldOut, label: str, stop: StopRequest | None = No
         micro_batches=run.parts.eval_batches,
         seed=run.config.optimization.seed,
         label=label,
+        workers=run.workers,
         on_progress=show,
     )

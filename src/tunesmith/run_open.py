@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -12,19 +12,24 @@ from rich.console import Console
 
 from tunesmith.assembly import Assembly
 from tunesmith.checkpoints.atomic import write_json, write_text
+from tunesmith.checkpoints.lock import locked
 from tunesmith.checkpoints.manifest import BaseWeights, fingerprint_weights
 from tunesmith.checkpoints.naming import model_tag, new_run_folder
-from tunesmith.checkpoints.store import CheckpointStore, Mode
 from tunesmith.config.load import LoadedConfig
 from tunesmith.config.schema import Logger
 from tunesmith.models.base import BaseFolder
 from tunesmith.models.catalog import CATALOG
+from tunesmith.paths import expanded
 from tunesmith.resuming import ResumePoint
 from tunesmith.run_record import Run
+from tunesmith.storage.urls import is_url
 from tunesmith.tracking.events import Sink
 from tunesmith.tracking.fanout import Fanout
 from tunesmith.tracking.jsonl import rewind
+from tunesmith.tracking.ray_gauges import RayGauges
 from tunesmith.tracking.sinks import open_sinks, tracker_ids
+from tunesmith.tracking.slow_workers import SlowWorkers
+from tunesmith.training.workers import ALONE, Workers, on_first
 
 _NAMES = "run.json"
 
@@ -44,16 +49,54 @@ def open_run(
     console: Console,
     started: float,
     resumed: ResumePoint | None,
+    held: ExitStack,
+    workers: Workers = ALONE,
 ) -> Run:
     """Make the run's folder with its ``config.yaml``, or take up that of ``resumed``, and open its trackers.
+
+    A new folder is locked until ``held`` is closed, before anything is in it by which another process could find it.
+    Of several workers the first does this; the others are told the names, write nothing and track nothing.
 
     Raises:
         OutputError: the folder cannot be written.
         ConfigError: a tracker cannot be opened; no new folder is left then.
     """
-    output, checkpoints = loaded.config.output, loaded.config.checkpoints
+    sinks: list[Sink] = []
+
+    def opened() -> tuple[Names, Path]:
+        names, folder, found = _open(loaded, parts, console, resumed, held)
+        sinks.extend(found)
+        if workers.world > 1:
+            sinks.extend((RayGauges(), SlowWorkers(found)))
+        return names, folder
+
+    names, folder = on_first(workers, opened)
+    run = Run(
+        loaded=loaded,
+        parts=parts,
+        name=folder.name,
+        tag=names.tag,
+        folder=folder,
+        track=Fanout(sinks),
+        base=base,
+        tracker_url=next((url for sink in sinks if (url := getattr(sink, "url", None))), None),
+        started=started,
+        resumed=resumed,
+        workers=workers,
+    )
+    if workers.rank == 0:
+        store = run.store  # clears what a process that was killed while saving has left
+        for path in resumed.damaged if resumed else ():
+            store.set_aside(path)
+    return run
+
+
+def _open(
+    loaded: LoadedConfig, parts: Assembly, console: Console, resumed: ResumePoint | None, held: ExitStack
+) -> tuple[Names, Path, list[Sink]]:
+    output = loaded.config.output
     model_id = loaded.config.model.model_id
-    output_dir = Path(output.output_dir).expanduser()
+    output_dir = expanded(output.output_dir)
     names = _names(resumed) or Names(output.custom_model_tag or model_tag(model_id))
     if resumed is not None:
         folder = resumed.folder
@@ -62,26 +105,14 @@ def open_run(
     else:
         folder = new_run_folder(output_dir, model_id, parts.kind, datetime.now())
         try:
+            held.enter_context(locked(folder))
             write_text(folder / "config.yaml", loaded.as_yaml())
             sinks = _sinks(output.logger, folder, output_dir, names, console)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     write_json(folder / _NAMES, Names(names.tag, names.trackers | tracker_ids(sinks)))
-    mode: Mode = "min" if checkpoints.best_metric == "eval_loss" else "max"
-    return Run(
-        loaded=loaded,
-        parts=parts,
-        name=folder.name,
-        tag=names.tag,
-        folder=folder,
-        store=CheckpointStore(folder, checkpoints.num_checkpoints_to_keep, mode),
-        track=Fanout(sinks),
-        base=base,
-        tracker_url=next((url for sink in sinks if (url := getattr(sink, "url", None))), None),
-        started=started,
-        resumed=resumed,
-    )
+    return names, folder, sinks
 
 
 def _names(resumed: ResumePoint | None) -> Names | None:
@@ -94,9 +125,9 @@ def _names(resumed: ResumePoint | None) -> Names | None:
 
 
 def base_weights(base: BaseFolder) -> BaseWeights:
-    """What identifies the weights a run starts from; a local folder by its full path."""
+    """What identifies the weights a run starts from; a local folder by its full path, a URL as it is."""
     files, fingerprint = fingerprint_weights(base.weight_files)
-    has_name = base.revision is not None or base.model_id in CATALOG
+    has_name = base.revision is not None or base.model_id in CATALOG or is_url(base.model_id)
     source = base.model_id if has_name else str(base.path.resolve())
     return BaseWeights(source, base.revision, files, fingerprint)
 

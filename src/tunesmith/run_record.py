@@ -4,12 +4,15 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from tunesmith.assembly import Assembly
 from tunesmith.checkpoints.manifest import BaseWeights, read_manifest
-from tunesmith.checkpoints.store import BEST, CheckpointStore
+from tunesmith.checkpoints.store import BEST, CheckpointStore, Mode
 from tunesmith.config.load import LoadedConfig
 from tunesmith.config.schema import RunConfig
 from tunesmith.evaluation.answers import Question
@@ -22,29 +25,38 @@ from tunesmith.tracking.environment import machine, versions
 from tunesmith.tracking.events import RunRecord, RunStarted, SampleAnswer
 from tunesmith.tracking.fanout import Fanout
 from tunesmith.training.loop import peak_memory_bytes
+from tunesmith.training.workers import Workers
 
 _SAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's fixed facts: names, places, parts."""
+    """One run's fixed facts: names, places, parts. Each worker has its own; only the first one's folder is written."""
 
     loaded: LoadedConfig
     parts: Assembly
     name: str
     tag: str
     folder: Path
-    store: CheckpointStore
     track: Fanout
     base: BaseWeights
     tracker_url: str | None  # where the run can be watched
     started: float
     resumed: ResumePoint | None  # where an earlier process left off
+    workers: Workers
 
     @property
     def config(self) -> RunConfig:
         return self.loaded.config
+
+    @cached_property
+    def store(self) -> CheckpointStore:
+        """The run's checkpoints; to be asked for on the first worker only, as it clears up in their folder."""
+        assert self.workers.rank == 0
+        checkpoints = self.config.checkpoints
+        mode: Mode = "min" if checkpoints.best_metric == "eval_loss" else "max"
+        return CheckpointStore(self.folder, checkpoints.num_checkpoints_to_keep, mode)
 
 
 def run_started(run: Run) -> RunStarted:
@@ -67,6 +79,8 @@ def run_started(run: Run) -> RunStarted:
         "Memory": _memory_line(parts.memory),
         "Run folder": str(run.folder),
     }
+    if run.workers.world > 1:
+        header["Workers"] = f"{run.workers.world}, each with {torch.get_num_threads()} threads"
     return RunStarted(
         run=run.name,
         tag=run.tag,
@@ -91,6 +105,8 @@ def start_notices(run: Run) -> Iterator[str]:
         )
         yield f"resumed from {place}"
     yield from config_notices(run.loaded, run.parts.plan.total_steps)
+    if len(run.parts.text.splits.train) < run.workers.world:
+        yield f"there are fewer training rows than workers ({run.workers.world}): some have nothing to do"
     if run.tracker_url:
         yield f"W&B run: {run.tracker_url}"
     if run.parts.text.renderer.end_of_turn is None and run.parts.text.splits.train_on == "instruction_tuning":
@@ -108,7 +124,8 @@ def _memory_line(memory: MemoryPlan | None) -> str:
 
 
 def config_notices(loaded: LoadedConfig, total_steps: int) -> Iterator[str]:
-    """Settings of the file that cannot act in this combination."""
+    """What was read otherwise than it is written, and settings of the file that cannot act in this combination."""
+    yield from loaded.notices
     config = loaded.config
     warmup = config.optimization.num_warmup_steps
     if warmup >= total_steps:
@@ -185,7 +202,7 @@ def make_record(
         trained_tokens=totals.trained_tokens,
         real_tokens_per_second=totals.real_tokens / seconds if seconds else None,
         trained_tokens_per_second=totals.trained_tokens / seconds if seconds else None,
-        peak_rss_bytes=peak_memory_bytes(),
+        peak_rss_bytes=max(peak_memory_bytes(), totals.peak_memory),
         predicted_peak_rss_bytes=run.parts.memory.peak_bytes if run.parts.memory else None,
         trainable_parameters=trainable,
         total_parameters=total,
@@ -201,4 +218,5 @@ def make_record(
         data=data_facts(run.parts),
         resumed_at=totals.resumed_at,
         forced=totals.forced,
+        workers=run.workers.world,
     )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 _NAME = "state.json"
+WORKERS, THREADS, GRADIENTS = "workers", "threads", "gradients"
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,11 @@ def environment_of(parts: Assembly) -> dict[str, str]:
     return {
         **{name: packages[name] for name in ("tunesmith", "torch", "transformers", "peft")},
         "processor": str(host["processor"]),
-        "threads": str(host["torch_threads"]),
+        THREADS: str(host["torch_threads"]),
+        "blas": str(host["blas"]),
         "gpu": str(host["gpu"]),
-        "gradients": parts.passes_reason,
+        GRADIENTS: parts.passes_reason,
+        "tokenizer and chat template": parts.text.renderer.identity[:12],
         "micro-batches": parts.batches_reason,
+        WORKERS: str(parts.world),
     }

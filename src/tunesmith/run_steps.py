@@ -8,12 +8,13 @@ import torch
 from tunesmith.assembly import Assembly
 from tunesmith.checkpoints.store import TRAINING
 from tunesmith.config.schema import OptimizationSettings
-from tunesmith.models.method import restore
+from tunesmith.models.method import read_trained
 from tunesmith.tracking.events import StepEvent
 from tunesmith.training.loop import train_steps
 from tunesmith.training.optim import adamw
 from tunesmith.training.schedule import learning_rate_at
-from tunesmith.training.state import load_training_state, named_trainable
+from tunesmith.training.state import named_trainable, read_training_state, training_tensors
+from tunesmith.training.workers import ALONE, Workers
 
 
 def make_optimizer(parts: Assembly, settings: OptimizationSettings) -> torch.optim.Optimizer:
@@ -27,15 +28,29 @@ def make_optimizer(parts: Assembly, settings: OptimizationSettings) -> torch.opt
     )
 
 
-def put_back(parts: Assembly, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+def put_back(
+    parts: Assembly, optimizer: torch.optim.Optimizer, checkpoint: Path, workers: Workers = ALONE
+) -> None:
     """The weights and the optimizer as they were when ``checkpoint`` was saved.
+
+    Only the first worker needs to reach the checkpoint's files.
 
     Raises:
         CheckpointError: it is of another model.
     """
     if parts.kind == "full":
-        restore(parts.model, parts.kind, checkpoint)
-    load_training_state(checkpoint / TRAINING, named_trainable(parts.model), optimizer)
+        put_back_weights(parts, checkpoint, workers)
+    tensors = training_tensors(named_trainable(parts.model), optimizer, kept_tensors(parts))
+    workers.put(tensors, lambda: read_training_state(checkpoint / TRAINING, tensors))
+
+
+def put_back_weights(parts: Assembly, checkpoint: Path, workers: Workers = ALONE) -> None:
+    """The trained weights as ``checkpoint`` has them in the form in which they are served.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    workers.put(named_trainable(parts.model), lambda: read_trained(parts.model, parts.kind, checkpoint))
 
 
 def kept_tensors(parts: Assembly) -> Mapping[str, torch.nn.Parameter]:
@@ -52,6 +67,7 @@ def steps_after(
     optimizer: torch.optim.Optimizer,
     done: int,
     started: float,
+    workers: Workers = ALONE,
 ) -> Iterator[StepEvent]:
     """The steps of the run from ``done`` + 1 on."""
     return train_steps(
@@ -71,5 +87,6 @@ def steps_after(
         micro_batches=parts.train_batches,
         seed=settings.seed,
         started=started,
+        workers=workers,
         steps_done=done,
     )

@@ -22,6 +22,7 @@ class Totals:
     evaluation: EvalEvent | None = None  # the last one
     before: Score | None = None
     after: Score | None = None
+    peak_memory: int = 0  # bytes; of several workers, of the one that used most
     earlier_seconds: float = 0.0  # wall time of the processes before this one
     resumed_at: tuple[int, ...] = ()  # steps from which later processes went on
     forced: tuple[str, ...] = ()  # differences that --force-resume passed over
@@ -33,6 +34,7 @@ class Totals:
         self.epoch_seconds += event.train_time_per_step
         self.real_tokens += event.real_tokens
         self.trained_tokens += event.trained_tokens
+        self.peak_memory = max(self.peak_memory, event.peak_memory)
         self.epoch_loss += event.train_loss_batch * event.trained_tokens
         self.epoch_tokens += event.trained_tokens
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from tunesmith.checkpoints.lineage import parent_of
 from tunesmith.checkpoints.locate import locate_model
-from tunesmith.checkpoints.manifest import Parent
+from tunesmith.checkpoints.manifest import MANIFEST_NAME, Parent
+from tunesmith.checkpoints.signature import refuse_unsigned
 from tunesmith.config.schema import ModelSettings, RepoId
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.models.base import BaseFolder, fetch_from_hub
+from tunesmith.models.base import BaseFolder, fetch_from_hub, fetch_from_url
 from tunesmith.models.servable import check_base, verified_manifest
+from tunesmith.storage.urls import is_url
 
 _ADAPTER_FILES = ["*.json", "*.jinja", "adapter_model.safetensors"]
 
@@ -39,8 +41,10 @@ def origin_of(settings: ModelSettings, base: BaseFolder, adapter: Path | None) -
         adapter: the folder of the adapter that is continued, see ``adapter_to_continue``.
 
     Raises:
-        CheckpointError: a manifest cannot be read, or is not signed where it must be.
+        CheckpointError: a manifest cannot be read, or is not signed where it must be; or a file of a base checkpoint
+            at a URL is not the one that was saved.
     """
+    _check_fetched(settings.initial_base_model_ckpt_path, base.path)
     start = settings.initial_adapter_model_ckpt_path
     name = str(start.repo_id if isinstance(start, RepoId) else start) if start is not None else None
     if name is None and settings.initial_base_model_ckpt_path is not None:
@@ -52,7 +56,7 @@ def weights_id(settings: ModelSettings) -> str:
     """Where the base weights come from: the model itself, or a checkpoint or run folder in its place.
 
     Raises:
-        ModelError: it is a URL, or a run without a checkpoint.
+        ModelError: it is a run without a checkpoint.
         CheckpointError: a file of the checkpoint is not the one that was saved.
     """
     start = settings.initial_base_model_ckpt_path
@@ -60,17 +64,25 @@ def weights_id(settings: ModelSettings) -> str:
         return settings.model_id
     if isinstance(start, RepoId):
         return start.repo_id
-    _refuse_url(start)
-    folder = locate_model(start, [])
+    folder = None if is_url(start) else locate_model(start, [])
     if folder is not None:
         verified_manifest(folder)
     return start if folder is None else str(folder)
 
 
+def _check_fetched(start: str | RepoId | None, folder: Path) -> None:
+    """Of a base checkpoint that was fetched, what ``weights_id`` checks of one that is here."""
+    if isinstance(start, RepoId):
+        if not (folder / MANIFEST_NAME).is_file():
+            refuse_unsigned(folder, f"no {MANIFEST_NAME} in it")
+    elif start is not None and is_url(start):
+        verified_manifest(folder)
+
+
 def adapter_to_continue(
     start: str | RepoId, base: BaseFolder, lora_config: Mapping[str, Any], place: str
 ) -> Path:
-    """The folder of the adapter that is trained on: a checkpoint, a run (its best one), or from the hub.
+    """The folder of the adapter that is trained on: a checkpoint, a run (its best one), from the hub or a URL.
 
     Args:
         start: as the configuration names it.
@@ -79,16 +91,21 @@ def adapter_to_continue(
         place: where ``lora_config`` stands, for errors.
 
     Raises:
-        ModelError: there is no such adapter, or it was trained on other base weights.
+        ModelError: there is no such adapter, it cannot be read, or it was trained on other base weights.
         CheckpointError: a file is not the one that was saved.
         ConfigError: ``lora_config`` has another value than the adapter.
     """
     if isinstance(start, RepoId):
         folder = fetch_from_hub(start.repo_id, _ADAPTER_FILES).path
+    elif is_url(start):
+        folder = fetch_from_url(start).path
     else:
-        _refuse_url(start)
-        local = Path(start).expanduser()
-        if not local.is_dir():
+        try:
+            local = Path(start).expanduser()
+            is_there = local.is_dir()
+        except (OSError, RuntimeError, ValueError):  # no possible path: too long, "~nobody", a null character
+            is_there = False
+        if not is_there:
             raise ModelError(start, "no such adapter folder", "check initial_adapter_model_ckpt_path")
         folder = locate_model(start, []) or local
     manifest = verified_manifest(folder)
@@ -98,17 +115,19 @@ def adapter_to_continue(
     return folder
 
 
-def _refuse_url(start: str) -> None:
-    if "://" in start:
-        raise ModelError(start, "checkpoints are not read from URLs", "copy the folder to this machine")
-
-
 def _refuse_other_settings(folder: Path, lora_config: Mapping[str, Any], place: str) -> None:
-    from peft import PeftConfig
+    from peft import LoraConfig, PeftConfig
 
     if not (folder / "adapter_config.json").is_file():
         return  # told apart, with a better message, when the adapter is loaded
-    saved = PeftConfig.from_pretrained(str(folder))
+    try:
+        saved = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT raises what the first step that fails happens to raise
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        fault = f"its adapter_config.json cannot be read ({reason})"
+        raise ModelError(str(folder), fault, "save the adapter again") from error
+    if not isinstance(saved, LoraConfig):
+        raise ModelError(str(folder), "its adapter_config.json is of no LoRA adapter", "name another adapter")
     for key, value in lora_config.items():
         has = getattr(saved, key, None)
         if _comparable(value) != _comparable(has):

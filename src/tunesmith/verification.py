@@ -18,7 +18,7 @@ from tunesmith.checkpoints.manifest import Manifest, read_manifest, verify
 from tunesmith.checkpoints.store import BEST, TRAINING, checkpoints_newest_first
 from tunesmith.config.load import load_config
 from tunesmith.errors import CheckpointError, RunError, UserError
-from tunesmith.resuming import ResumePoint, differences, refuse
+from tunesmith.resuming import ResumePoint, differences
 from tunesmith.run_open import base_weights
 from tunesmith.run_record import data_facts
 from tunesmith.run_state import RunState, environment_of, read_state
@@ -72,7 +72,7 @@ def verify_run(folder: Path, steps: int, say: Say) -> Proof:
         final_path, final = checkpoints[0]
         state = read_state(final_path)
         start = next(((path, found) for path, found in checkpoints[1:] if found.step < final.step), None)
-        loaded = load_config(str(folder / "config.yaml"), [])
+        loaded = load_config(str(folder / "config.yaml"), settled=True)
         parts = assemble(loaded, skip_bad_rows=True, say=say, token_budget=state.token_budget)
         _refuse_other_bits(folder, final_path, final, state, loaded.resolved(), parts)
         settings, done = loaded.config.optimization, start[1].step if start else 0
@@ -137,12 +137,21 @@ def _refuse_other_bits(
     point = ResumePoint(folder, path, manifest, state)
     budget = parts.memory.token_budget if parts.memory else None
     base = base_weights(parts.text.base)
-    refuse(folder, differences(point, resolved, data_facts(parts), base, environment_of(parts), budget))
+    found = differences(point, resolved, data_facts(parts), base, environment_of(parts), budget)
+    if found:
+        fault = (
+            f"its files are as they were saved, but its steps would have other bits here: {'; '.join(found)}"
+        )
+        raise UserError(str(folder), fault, "verify it where and as it was trained")
 
 
 def _recorded(folder: Path) -> dict[int, tuple[float, float]]:
     events = read_events(folder / "metrics.jsonl")
-    return {e["step"]: (e["train_loss_batch"], e["grad_norm"]) for e in events if e["event"] == "step"}
+    return {
+        e["step"]: (e["train_loss_batch"], e.get("grad_norm", math.nan))
+        for e in events
+        if e["event"] == "step"
+    }
 
 
 def _compare_step(
@@ -163,21 +172,27 @@ def _compare_step(
 def _compare_tensors(parts: Assembly, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
     from safetensors.torch import load_file
 
-    saved = load_file(checkpoint / TRAINING / STATE_NAME)
-    served: dict[str, torch.Tensor] = {}
-    if parts.kind == "full":
-        for file in sorted(checkpoint.glob("*.safetensors")):
-            served |= load_file(file)
-    count = 0
+    then = load_file(checkpoint / TRAINING / STATE_NAME)
+    now: dict[str, torch.Tensor] = {}
     for name, parameter in named_trainable(parts.model).items():
-        pairs = [
-            (saved[f"{kind}/{name}"], optimizer.state[parameter][kind]) for kind in ("exp_avg", "exp_avg_sq")
-        ]
-        weight = saved.get(f"weight/{name}", served.get(name))
-        if weight is not None:
-            pairs.append((weight, parameter.detach()))
-        for then, now in pairs:
-            if not torch.equal(then, now):
-                raise RunError(f"{checkpoint}: {name}", "is not what the same steps give here", "")
-            count += 1
-    return count
+        now |= {f"{kind}/{name}": optimizer.state[parameter][kind] for kind in ("exp_avg", "exp_avg_sq")}
+        if parts.kind == "lora":
+            now[f"weight/{name}"] = parameter.detach()
+    if parts.kind == "full":
+        weights = _as_saved(parts.model)
+        for file in sorted(checkpoint.glob("*.safetensors")):
+            served = load_file(file)
+            then |= served
+            # Of tied weights one name is saved.
+            now |= {name: weights[name] for name in served if name in weights}
+    for name in sorted(now.keys() | {name for name in then if not name.startswith("step/")}):
+        if name not in now or name not in then or not torch.equal(then[name], now[name]):
+            raise RunError(f"{checkpoint}: {name}", "is not what the same steps give here", "")
+    return len(now)
+
+
+def _as_saved(model: Any) -> dict[str, torch.Tensor]:
+    """The model's weights by the names, and in the shapes, that they have in files: experts are fused in memory."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, model.state_dict()))

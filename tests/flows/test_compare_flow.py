@@ -4,16 +4,37 @@ import json
 import signal
 import subprocess
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flow_parts import LORA, refused, settings_for, start, write_config
 from tunesmith.cli import main
+from tunesmith.comparison import child, measure, trials
 from tunesmith.comparison.record import read_comparison
 from tunesmith.evaluation.heldout_file import read_heldout
 
 pytestmark = pytest.mark.flow
+_RUN_CHILD = trials._run_child
+
+
+def in_this_process(monkeypatch: pytest.MonkeyPatch, *, real: str = "") -> None:
+    """Spare a comparison the start of its children: what they do is done here; ``real`` names a kind that stays one."""
+
+    def stand_in(command: list[str], folder: Path, environment: Any, on_step: Any) -> int:
+        module, file = command[2], Path(command[3])
+        order = json.loads(file.read_text()) if module.endswith("measure") else None
+        if order and order["kind"] == real:
+            return _RUN_CHILD(command, folder, environment, on_step)
+        with (folder / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            if order is None:
+                return child.carry_out(file)
+            measure.carry_out(order["kind"], order["order"])
+        return 0
+
+    monkeypatch.setattr(trials, "_run_child", stand_in)
 
 
 def ended(folder: Path) -> dict[str, int]:
@@ -21,7 +42,8 @@ def ended(folder: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in folder.glob("runs/*/*/report.json")}
 
 
-def test_a_comparison_and_its_continuation(tmp_path, tiny, rows, capfd):
+def test_a_comparison_and_its_continuation(tmp_path, tiny, rows, capfd, monkeypatch):
+    in_this_process(monkeypatch)
     settings = settings_for(
         tmp_path, tiny, rows, lora_config=LORA, optimizer={"max_grad_norm": 0.0},
         evaluation={"metric": "token_f1", "max_new_tokens": 6},
@@ -70,6 +92,7 @@ def test_a_comparison_and_its_continuation(tmp_path, tiny, rows, capfd):
 
     # A further seed is trained alone; nothing is trained twice, not even what failed.
     before = ended(folder)
+    in_this_process(monkeypatch, real="forgetting")
     capfd.readouterr()
     assert main([*command, "--seeds", "2", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["runs_done"] == 6
@@ -94,11 +117,9 @@ def _stopped(command: list[str], folder: Path, number: signal.Signals) -> tuple[
     return process.returncode, err
 
 
-def test_an_interrupted_comparison_goes_on(tmp_path, tiny, rows):
-    schedule = {"unit": "steps", "frequency": 5}
-    settings = settings_for(
-        tmp_path, tiny, rows, num_epochs=100, checkpoint_and_evaluation_frequency=schedule
-    )
+def test_an_interrupted_comparison_goes_on(tmp_path, tiny, rows, monkeypatch):
+    schedule = {"unit": "steps", "frequency": 20}
+    settings = settings_for(tmp_path, tiny, rows, num_epochs=60, checkpoint_and_evaluation_frequency=schedule)
     config, folder = write_config(tmp_path / "mine.yaml", settings), tmp_path / "mine"
     rates = ["--learning-rates", "full=1e-3", "--learning-rates", "lora=1e-2"]
     command = ["compare", str(config), "--seeds", "1", "-o", str(folder), *rates]
@@ -109,13 +130,15 @@ def test_an_interrupted_comparison_goes_on(tmp_path, tiny, rows):
     assert read_comparison(folder).status == "interrupted"
     # Killed, the comparison cannot tell its child to stop; the child notices, and what follows waits for it.
     assert _stopped(command, folder, signal.SIGKILL)[0] == -signal.SIGKILL
+    in_this_process(monkeypatch)
     assert main(command) == 0
     (report,) = folder.glob("runs/full-*/*/report.json")
     first, second = json.loads(report.read_text())["resumed_at"]
     assert 0 < first < second
     record = read_comparison(folder)
     assert record.status == "finished"
-    assert [run.steps for run in record.runs] == [300, 300]
+    assert [run.steps for run in record.runs] == [180, 180]
+    assert {entry.arm for entry in record.forgetting} == {"full", "lora"}
     assert len(ended(folder)) == 2
 
 
@@ -125,9 +148,12 @@ def test_an_interrupted_comparison_goes_on(tmp_path, tiny, rows):
         (["--arms", "full,loar"], "closest is lora"),
         (["--arms", "full"], "fewer than two arms"),
         (["--arms", "full,lora:targets=q_prj"], "closest is q_proj"),
+        (["--arms", "full,lora:r=0"], "--arms lora:r=0: PEFT cannot apply"),
+        (["--arms", "full,lora:alpha=large"], "--arms lora:alpha=large: PEFT cannot apply"),
         (["--learning-rates", "lora=fast"], "'fast' is no rate"),
         (["--learning-rates", "mine=1e-3"], "no arm 'mine'"),
         (["--set", "valid_path=null"], "valid_path"),
+        (["--forgetting", "no such text.jsonl"], "no such text.jsonl"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_anything_is_trained(

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
+from bases_parts import Several, make_bases, serving
 from browser_parts import CHROMIUM, Page, browser
+from page_parts import report
 from serving_parts import Served, save_adapter, save_base, served, wait_for
 from tunesmith.serving.page_routes import add_page
 from tunesmith.serving.security import Keys
@@ -164,6 +167,140 @@ def test_nothing_is_wider_than_the_screen(page: Page, server: Served, width: int
     assert len(set(boxes)) == (3 if width < 600 else 1)
 
 
+# Checkpoints of full-parameter training
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Several]:
+    """A base; in the loading path a full-parameter checkpoint with its run near it, and an adapter on each."""
+    folder = tmp_path_factory.mktemp("trained")
+    made, outputs = make_bases(folder, save_base(folder / "tiny")), folder / "outputs"
+    outputs.mkdir()
+    with serving(made, ["tiny"], None, outputs / "lora_fine_tuning") as several:
+        shutil.copytree(made.full, several.root / "tiny:full:abcde")
+        for name in ("tiny", "full"):
+            shutil.copytree(made.on[name], several.root / f"on-{name}")
+        shutil.copytree(made.full, outputs / "run" / "best")
+        (outputs / "run" / "report.json").write_text(report("run", "tiny:full:abcde"))
+        yield several
+
+
+def test_a_checkpoint_has_a_card_and_answers_and_so_do_adapters_on_it(page: Page, trained: Several) -> None:
+    page.open(trained.server.url)
+    page.wait(f"{IDLE} && document.querySelectorAll('.card').length === 3")
+    assert page.texts(".card h3") == [
+        "on-full",
+        "on-tiny",
+        "tiny:full:abcde",
+    ]  # of the base itself there is none
+    assert page.text("#count") == "2 adapters"
+    assert page.value("document.getElementById('more').hidden")
+    card = page.texts(".card")[2]
+    for line in ("this one: run run, step 1", "2026-01-02", "4.7500", "0.0522", "115.6", "1.0536"):
+        assert line in card
+    assert "64 % (54 to 73)" in card
+    assert page.texts(".card:last-child li")[0] == "tiny"
+    groups = page.value(
+        "[...document.querySelectorAll('select')[0].querySelectorAll('optgroup')].map((g) => g.label)"
+    )
+    assert groups == ["Adapters of tiny", "Adapters of tiny:full:abcde"]
+    wanted = ["tiny", "tiny:full:abcde", "on-full"]
+    for place, name in enumerate(wanted):
+        page.value(f"document.querySelectorAll('select')[{place}].value = {json.dumps(name)}")
+    assert chosen(page) == wanted
+    page.fill("#prompt", "red green")
+    page.fill("#max-tokens", "6")
+    page.click("#run")
+    page.wait(f"{IDLE} && document.querySelectorAll('.answer[aria-busy=false]').length === 3")
+    body = {"messages": [{"role": "user", "content": "red green"}], "temperature": 0, "max_tokens": 6}
+    with trained.server.client() as http:
+        replies = [http.post("/v1/chat/completions", json={**body, "model": name}).json() for name in wanted]
+    shown = page.value("[...document.querySelectorAll('.answer pre')].map((text) => text.textContent)")
+    assert shown == [reply["choices"][0]["message"]["content"] for reply in replies]
+    assert len(set(shown)) == 3
+    assert page.complaints == []
+
+
+# More cards than are shown at once
+
+
+@contextmanager
+def listing(adapters: int, checkpoints: int, *, broken: str = "") -> Iterator[str]:
+    """A server of a base, and so many of both; asking for ``broken`` fails."""
+    app = FastAPI(openapi_url=None)
+    add_page(app)
+    nothing = dict.fromkeys(("run", "before", "after"))
+
+    @app.get("/v1/models")
+    async def models():
+        names = [("base", None), *((f"full{n}", None) for n in range(checkpoints))]
+        names += [(f"a{n:02}", "base") for n in range(adapters)]
+        return {"data": [{"id": name, "parent": parent} for name, parent in names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str):
+        if name == broken:
+            return JSONResponse({"error": {"message": "it is gone"}}, 404)
+        return {"card": None if name == "base" else {**nothing, "note": f"card of {name}"}}
+
+    with listening(app) as url:
+        yield url
+
+
+ALL_SHOWN = (
+    "document.querySelectorAll('.card').length === {} && document.getElementById('more').hidden === {}"
+)
+
+
+def notes(adapters: int, checkpoints: int = 0) -> list[str]:
+    return [f"card of a{n:02}" for n in range(adapters)] + [f"card of full{n}" for n in range(checkpoints)]
+
+
+@pytest.mark.parametrize("adapters", [0, 1, 23, 24])
+def test_there_is_no_more_to_show_where_all_is_shown(page: Page, adapters: int) -> None:
+    """The base of the command line is a model without a card: it makes no promise of one."""
+    with listing(adapters, 0) as url:
+        page.open(url)
+        page.wait(f"{IDLE} && {CARDS_DRAWN} && {ALL_SHOWN.format(adapters, 'true')}")
+        wait_for(lambda: f"{url}/v1/models/base" in page.requested)
+        later = "new Promise((told) => setTimeout(() => told(document.getElementById('more').hidden), 100))"
+        assert page.value(later)
+        assert page.texts(".card p") == notes(adapters)
+
+
+@pytest.mark.parametrize(("adapters", "checkpoints"), [(25, 0), (24, 1), (20, 5), (47, 1), (0, 48)])
+def test_more_shows_what_is_left_and_asks_for_nothing_twice(
+    page: Page, adapters: int, checkpoints: int
+) -> None:
+    every = notes(adapters, checkpoints)
+    with listing(adapters, checkpoints) as url:
+        page.open(url)
+        page.wait(f"{IDLE} && {CARDS_DRAWN} && {ALL_SHOWN.format(24, 'false')}")
+        assert page.texts(".card p") == every[:24]
+        page.click("#more")
+        page.wait(f"{CARDS_DRAWN} && {ALL_SHOWN.format(len(every), 'true')}")
+        assert page.texts(".card p") == every
+        assert page.value("document.activeElement.querySelector('p').textContent") == every[24]
+        asked = Counter(asked.rpartition("/")[2] for asked in page.requested)
+        drawn = {note.removeprefix("card of ") for note in every[:24]}
+        assert {name: asked[name] for name in drawn} == dict.fromkeys(drawn, 1)
+        last = f"{url}/v1/models/{every[-1].removeprefix('card of ')}"
+        before = page.requested.count(last)
+        page.click("#refresh")  # as many as were shown are shown again
+        wait_for(lambda: page.requested.count(last) > before)
+        page.wait(f"{CARDS_DRAWN} && {ALL_SHOWN.format(len(every), 'true')}")
+        assert page.texts(".card p") == every
+
+
+def test_a_card_that_fails_is_told_in_its_place(page: Page) -> None:
+    with listing(26, 0, broken="a24") as url:
+        page.open(url)
+        page.wait(f"{IDLE} && {CARDS_DRAWN} && {ALL_SHOWN.format(24, 'false')}")
+        page.click("#more")
+        page.wait(f"{CARDS_DRAWN} && {ALL_SHOWN.format(26, 'true')}")
+        assert page.texts(".card p")[23:] == ["card of a23", "it is gone", "card of a25"]
+
+
 # Texts that look like HTML
 
 TAGS = "<img src=x onerror=document.title='run'><b>bold</b><script>document.title='run'</script>"
@@ -201,6 +338,13 @@ def hostile() -> Iterator[str]:
 
         return StreamingResponse(pieces(), media_type="text/event-stream")
 
+    with listening(app) as url:
+        yield url
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The application at work; its address."""
     listener = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)

@@ -13,7 +13,6 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import tunesmith.run
 from flow_parts import (
     LORA,
     checkpoint_steps,
@@ -26,55 +25,11 @@ from flow_parts import (
     tensors,
     write_config,
 )
+from resume_parts import EVERY_STEP, equal, interrupted, made, step_figures
 from tunesmith.checkpoints.lock import locked
 from tunesmith.cli import main
 
 pytestmark = pytest.mark.flow
-EVERY_STEP = {
-    "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1},
-    "num_checkpoints_to_keep": 2,
-}
-
-
-class Killed(BaseException):
-    """Stands for what no code can catch, in a test that goes on."""
-
-
-def interrupted(
-    folder: Path, model: Path, rows: Path, patch: pytest.MonkeyPatch, step: int, **changed
-) -> tuple[Path, Path]:
-    """(configuration, run folder) of a run that ended as if killed right after the checkpoint of ``step``."""
-    config = write_config(
-        folder / "config.yaml", settings_for(folder, model, rows, **{**EVERY_STEP, **changed})
-    )
-    save = tunesmith.run._save
-
-    def save_and_die(run, totals, *rest):
-        save(run, totals, *rest)
-        if totals.steps == step:
-            raise Killed
-
-    with patch.context() as here:
-        here.setattr(tunesmith.run, "_save", save_and_die)
-        here.setattr(tunesmith.run, "leave_report", lambda *_: None)
-        with pytest.raises(Killed):
-            main(["finetune", str(config)])
-    (run,) = runs_in(folder / "outputs")
-    assert not (run / "report.json").exists()
-    return config, run
-
-
-def made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def step_figures(run: Path) -> list[tuple[int, float, float]]:
-    return [(e["step"], e["train_loss_batch"], e["grad_norm"]) for e in events(run, "step")]
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -214,6 +169,18 @@ def test_verify_computes_a_stretch_again_and_notices_a_changed_bit(tmp_path, tin
     next(iter(saved.values())).view(-1)[0] += 1
     save_file(saved, file, metadata={"format": "pt"})
     assert "its content is not what was saved" in refused(capfd, ["verify", str(run)], code=3)
+
+
+def test_verify_elsewhere_says_what_differs_and_no_option_of_another_command(tmp_path, tiny, rows, capfd):
+    run = finetune(tmp_path, tiny, rows, **EVERY_STEP, seed=42)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 42", "seed: 43"))
+    capfd.readouterr()
+    # By its name, which is looked for in every output folder.
+    named = ["verify", run.name, "--output-dir", str(tmp_path / "none"), "--output-dir", str(run.parent)]
+    text = refused(capfd, named)
+    assert "as they were saved, but its steps would have other bits here: seed: 42 then, 43 now" in text
+    assert "--force-resume" not in text
 
 
 def test_verify_of_a_full_run_compares_weights_and_moments(tmp_path, tiny, rows, capfd):

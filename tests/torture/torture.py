@@ -5,11 +5,14 @@
 Each run is a child process, forked after everything has been imported (a run takes a second then), that ends itself
 with SIGKILL at the n-th passage of a place: in the forward pass, in the backward pass, between micro-batches, at the
 optimizer, in evaluation, before and after each operation of the save protocol; or its parent kills it after some time.
+Or it lives and the disk fails: an operation meets ENOSPC or EIO, which must end the run in one line of ours, or not at
+all.
 Every second run is killed once more while it resumes. What must be equal: per-step losses and gradient norms,
 evaluation losses, trained tensors and moments of the last checkpoint, the published best one.
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -37,10 +40,15 @@ import tunesmith.models.passes
 import tunesmith.run
 from tunesmith.checkpoints.atomic import FileOps
 from tunesmith.config.load import load_config
+from tunesmith.errors import TunesmithError
 from tunesmith.models.kernels import decoder
 
 METHODS = {"lora": {"lora_config": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}}, "full": {}}
 TIMED = "after some time"
+OPERATIONS = ("make_folder", "write_bytes", "copy_file", "fsync", "rename", "remove")
+FAULTS = {f"{name} at {at}": (number, f"before {at}")
+          for name, number in (("ENOSPC", errno.ENOSPC), ("EIO", errno.EIO)) for at in OPERATIONS}  # fmt: skip
+FAILED = 3  # exit code of a child whose run ended in an error of ours
 Seam = Callable[[str], None]
 
 
@@ -67,7 +75,7 @@ def seams(passed: Seam) -> Iterator[None]:
     around(tunesmith.models.passes.KernelPasses, "losses", "in evaluation", None)
     around(tunesmith.run, "save_servable", "before saving", "while saving")
     around(safetensors.torch, "save_file", None, "while saving")
-    for operation in ("make_folder", "write_bytes", "copy_file", "fsync", "rename", "remove"):
+    for operation in OPERATIONS:
         around(FileOps, operation, f"before {operation}", f"after {operation}")
     # Small micro-batches, so that a step has several.
     tunesmith.assembly.TOKEN_BUDGETS = (64,)
@@ -83,6 +91,8 @@ def in_child(work: Callable[[], None], *, kill_after: float | None = None) -> in
             os.environ["OMP_NUM_THREADS"] = "1"
             work()
             code = 0
+        except TunesmithError as error:
+            code = 1 if "\n" in str(error) else FAILED
         except (
             BaseException
         ) as error:  # told by the exit status; a fork must not return into the parent's code
@@ -96,12 +106,15 @@ def in_child(work: Callable[[], None], *, kill_after: float | None = None) -> in
 
 
 def train(config: Path, place: str | None, number: int, counts: Path | None) -> None:
-    """One run of ``config``, dying at the ``number``-th passage of ``place``; passages go to ``counts``."""
+    """One run of ``config``, dying or failing at the ``number``-th passage of ``place``; passages go to ``counts``."""
     passages: Counter[str] = Counter()
+    fault, at = FAULTS.get(place or "", (None, place))
 
     def passed(where: str) -> None:
         passages[where] += 1
-        if where == place and passages[where] == number:
+        if where == at and passages[where] == number:
+            if fault is not None:
+                raise OSError(fault, os.strerror(fault))
             os.kill(os.getpid(), signal.SIGKILL)
 
     with seams(passed), Path(os.devnull).open("w", encoding="utf-8") as silent:
@@ -115,6 +128,11 @@ def is_finished(output_dir: Path) -> bool:
     return any(
         json.loads(path.read_text())["status"] == "finished" for path in output_dir.glob("*/report.json")
     )
+
+
+def ended_early(status: int, place: str) -> bool:
+    """Whether the run was killed, or ended in the error that a fault of the disk must end in."""
+    return os.WIFSIGNALED(status) or (place in FAULTS and os.waitstatus_to_exitcode(status) == FAILED)
 
 
 def outcome(output_dir: Path) -> dict[str, Any]:
@@ -200,17 +218,17 @@ def torture(folder: Path, instants: int, choice: random.Random) -> int:
         deaths: list[str] = []
         status = 1
         for _ in range(2 if number % 2 else 1):
-            place = choice.choice([*sorted(passages[method]), TIMED])
-            at = choice.randint(1, passages[method].get(place, 1))
+            place = choice.choice([*sorted(passages[method]), TIMED, *FAULTS])
+            at = choice.randint(1, passages[method].get(FAULTS.get(place, (0, place))[1], 1))
             after = choice.uniform(0.05, 1.0) * seconds[method] if place == TIMED else None
             deaths.append(f"{place} {at}")
             status = in_child(lambda c=config, p=place, n=at: train(c, p, n, None), kill_after=after)
-            if not os.WIFSIGNALED(status):
-                break  # it was done before it came to that place
+            if not ended_early(status, place):
+                break  # it was done before it came to that place, or a fault did not matter
             tried[place] += 1
             if is_finished(output_dir):
                 break
-        if os.WIFSIGNALED(status):
+        if ended_early(status, place):
             status = 0 if is_finished(output_dir) else in_child(lambda c=config: train(c, None, 0, None))
         if status != 0:
             print(f"instant {number}: {method} killed {', '.join(deaths)}: not resumed, status {status}")
@@ -223,7 +241,9 @@ def torture(folder: Path, instants: int, choice: random.Random) -> int:
                 print(f"  whole   {wanted[method][key]}\n  resumed {found[key]}")
             return 1
         shutil.rmtree(output_dir)
-    print(f"{instants} runs, {tried.total()} kills, every bit equal; places: {dict(sorted(tried.items()))}")
+    print(
+        f"{instants} runs, {tried.total()} kills and faults, every bit equal; places: {dict(sorted(tried.items()))}"
+    )
     return 0
 
 

@@ -142,12 +142,16 @@ def test_the_tree_in_the_readme_is_the_tree_of_the_source() -> None:
         if folder := re.fullmatch(r"  (\w+)/", line):
             package = f"{folder[1]}/"
             continue
-        names, what = re.split(r"(?<=\.py) {2,}", line.strip())
+        names, what = re.split(r"(?<=\.py|\w\.c|\w\.h) {2,}", line.strip())
         assert what
         inside = package if line.startswith("    ") else ""
         listed += [f"{inside}{name}" for name in names.split(", ")]
     assert len(listed) == len(set(listed))
-    modules = {path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py")}
+    modules = {
+        path.relative_to(SOURCE).as_posix()
+        for path in SOURCE.rglob("*.[pch]*")
+        if path.suffix in (".py", ".c", ".h")
+    }
     modules = {name for name in modules if not name.endswith("__init__.py")}
     assert (modules - set(listed), set(listed) - modules) == (set(), set()), (
         "not listed, or listed and not there"
@@ -175,7 +179,7 @@ def test_imports_point_the_way_that_the_design_says() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.M)
     allowed = {package: set(re.findall(r"`(\w+)`", cell)) | {package} for package, cell in rows}
     packages = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").is_file()}
-    assert set(allowed) == packages | {"errors"}
+    assert set(allowed) == packages | {"errors", "paths"}
     for path in SOURCE.rglob("*.py"):
         package = path.relative_to(SOURCE).parts[0].removesuffix(".py")
         if package not in allowed:

@@ -131,6 +131,15 @@ def test_there_is_no_such_run(run):
         look(run, 1, "other")
 
 
+@pytest.mark.parametrize("reference", ["~nobody-here/x", "x" * 5000, "a\0b"])
+def test_what_can_be_no_run_is_told_in_one_line(run, reference):
+    with pytest.raises(UserError) as caught:
+        look(run, 1, reference)
+    assert str(caught.value).isprintable()
+    assert str(caught.value).endswith("; see: tunesmith models")
+    assert len(str(caught.value)) < 300
+
+
 def test_two_runs_of_one_tag_are_refused_by_folder(run):
     twin = run.parent / "two"
     twin.mkdir()
@@ -194,6 +203,16 @@ def test_a_step_that_was_not_done_is_said(run):
     view = look(run, 2)
     assert view.loss is None
     assert view.notices == (f"{run / 'metrics.jsonl'} has no step 2: so it was not done, or not recorded",)
+
+
+def test_other_settings_on_the_way_are_said(run):
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps(report | {"forced": ["seed: 7 then, 9 now"]}))
+    record(run, 9)
+    (notice,) = look(run, 9).notices
+    assert "--force-resume let this run go on with other settings (seed: 7 then, 9 now)" in notice
+    (run / "report.json").write_text(json.dumps(report | {"forced": []}))
+    assert look(run, 9).notices == ()
 
 
 def test_counts_that_disagree_with_the_record_are_said(run):

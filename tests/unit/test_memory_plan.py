@@ -41,6 +41,19 @@ def test_less_memory_gives_smaller_micro_batches_and_too_little_is_refused(monke
         plan_memory(decoder, data, 32, 0, 1000)
 
 
+def test_evaluation_never_has_more_tokens_at_once_than_training():
+    """A step of few short rows is far below the budget; held-out rows would fill it, and take what nobody counted."""
+    decoder, data = read_decoder(tiny_model()), rows(64, 50)
+    plan = plan_memory(decoder, data, 4, 0, 1000)
+    assert plan.token_budget == TOKEN_BUDGETS[0]
+    assert plan.evaluation_budget == 4 * 49  # the last token of a row predicts nothing
+    shorter = plan_memory(decoder, data, 4, 0, 1000, heldout_longest=190)
+    assert (shorter.evaluation_budget, shorter.buffers) == (plan.evaluation_budget, plan.buffers)
+    longer = plan_memory(decoder, data, 4, 0, 1000, heldout_longest=700)
+    assert longer.evaluation_budget == 700
+    assert longer.buffers["qkv 0"] * 196 == plan.buffers["qkv 0"] * 700  # buffers are as long as the longest
+
+
 def test_what_the_system_tells():
     assert 20e6 < resident_bytes() < 100e9
     free = available_bytes()
@@ -62,6 +75,9 @@ def test_a_containers_limit_counts_without_its_cached_files(tmp_path: Path):
     (group / "memory.current").write_text("4900000\n")
     (group / "memory.stat").write_text("anon 900000\nfile 4000000\nfile_mapped 10\n")
     assert available_bytes(tmp_path) == 4_100_000
+    # Files in memory are counted among them, and nothing makes way for anything: an object store in /dev/shm, say.
+    (group / "memory.stat").write_text("anon 900000\nfile 4000000\nshmem 3000000\n")
+    assert available_bytes(tmp_path) == 1_100_000
 
 
 PROCESS = """
@@ -107,6 +123,8 @@ def test_a_row_that_must_fit_is_planned_for(monkeypatch: pytest.MonkeyPatch):
     short = plan_memory(decoder, data, 32, 0, 1000)
     same = plan_memory(decoder, data, 32, 0, 1000, longest=50)
     longer = plan_memory(decoder, data, 32, 0, 1000, longest=4000)
-    assert same == short
+    # A row that must fit is counted with its last token, which is only predicted: attention's work for one more key.
+    assert same.token_budget == short.token_budget
+    assert 0 <= same.peak_bytes - short.peak_bytes < 1000
     assert longer.buffers["x in"] == 4000 * 32  # the tiny model's width
     assert longer.peak_bytes > short.peak_bytes

@@ -26,6 +26,10 @@ from tunesmith.errors import OutputError
 
 _LEFTOVER = re.compile(r"^\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}$")
 
+# How a rename fails where another process renames the same folder.
+_TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT})
+_ATTEMPTS = 100
+
 # Names in use by this process. A container gives each process the same pid again after a restart, so
 # "our own pid" alone doesn't say that a temporary name is still in use.
 _in_use: set[str] = set()
@@ -112,6 +116,20 @@ def write_json(path: Path, value: Any, *, fs: FileOps = REAL) -> None:
         # Half a surrogate pair, which a JSONL row may hold, has no UTF-8 form; escapes carry it.
         text = json.dumps(plain, indent=2, allow_nan=False)
     write_text(path, text + "\n", fs=fs)
+
+
+def flush(path: Path, *, fs: FileOps = REAL) -> None:
+    """Have on the disk what was written to the file ``path`` so far, if there is one.
+
+    Raises:
+        CheckpointError, OutputError: the disk failed.
+    """
+    try:
+        fs.fsync(path)
+    except FileNotFoundError:
+        return  # nothing was written
+    except OSError as error:
+        raise shown_error(error, path, path, Need(0, is_all=False), fs.free_bytes) or error from error
 
 
 @contextmanager
@@ -259,6 +277,17 @@ def _sync_tree(folder: Path, fs: FileOps) -> None:
 
 
 def _put_in_place(temporary: Path, final: Path, replace: bool, fs: FileOps) -> None:
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            _try_in_place(temporary, final, replace, fs)
+            return
+        except OSError as error:
+            # Another process puts its own folder here at this moment: the last one stays.
+            if not (replace and left and error.errno in _TAKEN and temporary.exists()):
+                raise
+
+
+def _try_in_place(temporary: Path, final: Path, replace: bool, fs: FileOps) -> None:
     with _temporary_name(final, "old") as aside:
         with ExitStack() as undo:
             # Renaming onto an empty folder succeeds, so existence is asked, not tried.
@@ -267,13 +296,22 @@ def _put_in_place(temporary: Path, final: Path, replace: bool, fs: FileOps) -> N
                 if not replace:
                     _refuse_existing(final)
                 fs.rename(final, aside)
-                undo.callback(fs.rename, aside, final)
+                undo.callback(_put_back, aside, final, fs)
             fs.rename(temporary, final)
             undo.callback(fs.rename, final, temporary)
             fs.fsync(final.parent)
             undo.pop_all()
         if replacing:
             _remove_quietly(aside, fs)
+
+
+def _put_back(aside: Path, final: Path, fs: FileOps) -> None:
+    try:
+        fs.rename(aside, final)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        _remove_quietly(aside, fs)  # another process has put a newer one here
 
 
 def _remove_quietly(path: Path, fs: FileOps) -> None:

@@ -14,6 +14,7 @@ from tunesmith.checkpoints.disk_errors import human_bytes
 from tunesmith.checkpoints.lineage import Generation, Lineage
 from tunesmith.checkpoints.locate import RunListing
 from tunesmith.checkpoints.manifest import BaseWeights
+from tunesmith.errors import printable
 
 
 def listing_facts(run: RunListing) -> dict[str, Any]:
@@ -33,17 +34,15 @@ def print_runs(console: Console, runs: Sequence[RunListing], output_dirs: Sequen
         table.add_column(heading, overflow="fold")
     for run in runs:
         table.add_row(
-            Text(run.tag or "?"),
-            Text(run.model_id or "?"),
-            Text(run.method or "?"),
+            *(Text(printable(text or "?")) for text in (run.tag, run.model_id, run.method)),
             "–" if run.best_loss is None else f"{run.best_loss:.4f}",
             "–" if run.bytes is None else human_bytes(run.bytes),
-            Text(run.status, style="" if run.status == "finished" else "yellow"),
+            Text(printable(run.status), style="" if run.status == "finished" else "yellow"),
             run.created[:16].replace("T", " "),
         )
     console.print(table)
     for run in runs:
-        console.print(Text(f"{run.tag or '?'}  {run.path}"), soft_wrap=True)
+        console.print(Text(printable(f"{run.tag or '?'}  {run.path}")), soft_wrap=True)
 
 
 def print_lineage(console: Console, lineage: Lineage) -> None:
@@ -56,9 +55,10 @@ def print_lineage(console: Console, lineage: Lineage) -> None:
         branch.add(_base(lineage.base))
     console.print(tree)
     if lineage.lost is not None:
-        console.print(Text(f"The chain ends here: {lineage.lost}", style="yellow"), soft_wrap=True)
+        ends = printable(f"The chain ends here: {lineage.lost}")
+        console.print(Text(ends, style="yellow"), soft_wrap=True)
     for item in lineage.generations:
-        console.print(Text(f"{item.manifest.tag}  {item.folder}"), soft_wrap=True)
+        console.print(Text(printable(f"{item.manifest.tag}  {item.folder}")), soft_wrap=True)
 
 
 def _generation(item: Generation) -> Text:
@@ -71,9 +71,10 @@ def _generation(item: Generation) -> Text:
     for name, split in manifest.data.items():
         path, rows, sha256 = (split.get(key) for key in ("path", "rows", "sha256"))
         lines.append(f"{name}: {path}, {rows} rows, SHA-256 {str(sha256)[:12]}")
-    return Text.assemble((manifest.tag, "bold"), *(f"\n{line}" for line in lines))
+    return Text.assemble((printable(manifest.tag), "bold"), *(f"\n{printable(line)}" for line in lines))
 
 
 def _base(base: BaseWeights) -> Text:
     revision = f", revision {base.revision}" if base.revision else ""
-    return Text.assemble((base.source, "bold green"), f"\nbase{revision}, weights {base.fingerprint[:12]}")
+    about = printable(f"base{revision}, weights {base.fingerprint[:12]}")
+    return Text.assemble((printable(base.source), "bold green"), f"\n{about}")

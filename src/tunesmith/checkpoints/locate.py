@@ -94,8 +94,11 @@ def _is_run(folder: Path) -> bool:
 def _runs(output_dirs: Sequence[Path]) -> Iterator[Path]:
     seen: set[Path] = set()
     for output_dir in output_dirs:
+        entries: list[Path] = []
         with suppress(OSError):  # one that does not exist or cannot be read has no runs to offer
-            for run in sorted(output_dir.iterdir()):
+            entries = sorted(output_dir.iterdir())
+        for run in entries:
+            with suppress(OSError):  # an entry that cannot be looked at hides no other
                 if run.is_dir() and not is_temporary(run) and run.resolve() not in seen and _is_run(run):
                     seen.add(run.resolve())
                     yield run
@@ -187,10 +190,11 @@ def _refuse_only_damaged(checkpoints: Path) -> None:
 
 
 def _changed(run: Path) -> str:
-    path = run
-    with suppress(PermissionError):
-        path = run / REPORT_NAME if (run / REPORT_NAME).exists() else run
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    changed = 0.0  # of a run that somebody removes at this moment
+    for path in (run, run / REPORT_NAME):
+        with suppress(OSError):
+            changed = path.stat().st_mtime
+    return datetime.fromtimestamp(changed, UTC).isoformat(timespec="seconds")
 
 
 def _text(report: dict[str, Any], key: str) -> str | None:

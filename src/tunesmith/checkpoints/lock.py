@@ -1,7 +1,9 @@
 """One process at a time in a run's folder."""
 
+import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 from tunesmith.errors import OutputError
 
 LOCK_NAME = ".lock"
+_LOOK_SECONDS = 0.2
+_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
 
 
 @contextmanager
@@ -27,9 +31,11 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            if error.errno not in _HELD:
+                fault = f"cannot be locked ({error.strerror})"
+                raise OutputError(str(folder), fault, "set output_dir to a file system with locks") from error
             raise OutputError(
-                str(folder), f"is in use by process {holder}", "wait for it to end, or stop it"
+                str(folder), f"is in use by process {_holder(descriptor)}", "wait for it to end, or stop it"
             ) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -41,14 +47,33 @@ def locked(folder: Path) -> Iterator[None]:
 
 def is_locked(folder: Path) -> bool:
     """Whether a process holds ``folder`` now."""
+    return lock_holder(folder) is not None
+
+
+def lock_holder(folder: Path) -> str | None:
+    """The id of the process that holds ``folder`` now; None: nobody does."""
     try:
         descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY)
     except OSError:
-        return False
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
+    except OSError as error:
+        return _holder(descriptor) if error.errno in _HELD else None
     finally:
         os.close(descriptor)
-    return False
+    return None
+
+
+def wait_until_free(folder: Path, seconds: float) -> bool:
+    """Wait until nobody holds ``folder``, for ``seconds`` at most; whether it is free."""
+    waited_until = time.monotonic() + seconds
+    while is_locked(folder):
+        if time.monotonic() >= waited_until:
+            return False
+        time.sleep(_LOOK_SECONDS)
+    return True
+
+
+def _holder(descriptor: int) -> str:
+    return os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"

@@ -8,6 +8,9 @@ from datetime import datetime
 from pathlib import Path
 
 from tunesmith.errors import OutputError
+from tunesmith.storage.urls import is_url
+
+_LONGEST_NAME = 160  # of a model within a run's name: file systems take 255 bytes
 
 
 def model_tag(model_id: str) -> str:
@@ -21,9 +24,14 @@ def model_tag(model_id: str) -> str:
 
 
 def short_model_name(model_id: str) -> str:
-    """A hub id or catalog name as it is; of a local folder its last name, with only safe characters."""
-    path = Path(model_id).expanduser()
-    name = path.resolve().name if path.is_dir() else model_id
+    """A hub id or catalog name as it is; of a folder or URL its last name, with only safe characters."""
+    if is_url(model_id):
+        model_id = model_id.rstrip("/").rpartition("/")[2]
+    try:
+        path = Path(model_id).expanduser()
+        name = path.resolve().name if path.is_dir() else model_id
+    except (OSError, RuntimeError, ValueError):  # no possible path: too long, "~nobody", a null character
+        name = model_id
     return re.sub(r"[^A-Za-z0-9._/-]", "-", name) or "model"
 
 
@@ -33,7 +41,7 @@ def new_run_folder(output_dir: Path, model_id: str, method: str, now: datetime) 
     Raises:
         OutputError: it cannot be made.
     """
-    model = short_model_name(model_id).replace("/", "--")
+    model = short_model_name(model_id).replace("/", "--")[:_LONGEST_NAME]
     folder = output_dir / f"{model}-{method}-{now:%Y%m%d-%H%M%S}-{random_letters()}"
     try:
         folder.mkdir(parents=True)

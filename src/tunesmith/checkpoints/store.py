@@ -21,6 +21,7 @@ from tunesmith.checkpoints.atomic import (
     remove_leftovers,
     whole_folder,
 )
+from tunesmith.checkpoints.disk_errors import Need, shown_error
 from tunesmith.checkpoints.manifest import (
     MANIFEST_NAME,
     FileStamp,
@@ -31,8 +32,10 @@ from tunesmith.checkpoints.manifest import (
     verify_sizes,
     write_manifest,
 )
+from tunesmith.checkpoints.naming import random_letters
 from tunesmith.checkpoints.signature import carry_signature
 from tunesmith.errors import CheckpointError, OutputError
+from tunesmith.paths import expanded
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -95,29 +98,39 @@ def steps_to_keep(standings: Iterable[Standing], keep: int, mode: Mode) -> set[i
 
 def read_checkpoints(run_dir: Path) -> dict[int, tuple[Path, Manifest]]:
     """The run's checkpoints by step. A folder without a readable manifest is left out; nothing is changed."""
-    found: dict[int, tuple[Path, Manifest]] = {}
-    folder = run_dir / CHECKPOINTS
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if match := _STEP_FOLDER.match(path.name):
-            try:
-                found[int(match[1])] = path, read_manifest(path)
-            except CheckpointError:
-                continue  # damaged; neither ranked nor pruned, so that nothing unread is deleted
-    return found
+    found, _ = _look_through(run_dir)
+    return found  # the damaged are neither ranked nor pruned, so that nothing unread is deleted
 
 
 def checkpoints_newest_first(run_dir: Path, damaged: list[str]) -> list[tuple[Path, Manifest]]:
     """The run's checkpoints with readable manifests, the last saved first; why others are not goes to ``damaged``."""
-    folder = run_dir / CHECKPOINTS
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if _STEP_FOLDER.match(path.name):
-            try:
-                read_manifest(path)
-            except CheckpointError as error:
-                damaged.append(f"passed over: {error}")
-    found = read_checkpoints(run_dir)
+    found, faults = _look_through(run_dir)
+    damaged.extend(f"passed over: {fault}" for fault in faults)
     order = sorted(_standings(found), key=lambda item: (item.created, item.step), reverse=True)
     return [found[item.step] for item in order]
+
+
+def _look_through(run_dir: Path) -> tuple[dict[int, tuple[Path, Manifest]], list[CheckpointError]]:
+    """The checkpoints by step, and what is wrong with the others."""
+    found: dict[int, tuple[Path, Manifest]] = {}
+    faults: list[CheckpointError] = []
+    folder = run_dir / CHECKPOINTS
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := _STEP_FOLDER.match(path.name):
+            try:
+                found[int(match[1])] = path, _manifest_of_step(path, int(match[1]))
+            except CheckpointError as error:
+                faults.append(error)
+    return found, faults
+
+
+def _manifest_of_step(path: Path, step: int) -> Manifest:
+    manifest = read_manifest(path)
+    if manifest.step != step:
+        raise CheckpointError(
+            str(path), f"holds the checkpoint of step {manifest.step}", "put it back in its place"
+        )
+    return manifest
 
 
 def served_part(manifest: Manifest) -> Manifest:
@@ -224,7 +237,23 @@ class CheckpointStore:
             _copy_checkpoint(best.path, target, self._fs)
         # A process that was killed between its last save and the pruning after it has left one too many.
         self._prune(best.step)
+        self._clear()  # what a disk failing for a while did not remove
         return target
+
+    def set_aside(self, path: Path) -> Path:
+        """Give the damaged checkpoint ``path`` a name that no longer counts as one; what is left of it stays.
+
+        Raises:
+            OutputError, CheckpointError: the folder cannot be written.
+        """
+        aside = path.with_name(f"{path.name}.damaged-{random_letters()}")
+        try:
+            self._fs.rename(path, aside)
+        except OSError as error:
+            raise (
+                shown_error(error, path, aside, Need(0, is_all=False), self._fs.free_bytes) or error
+            ) from error
+        return aside
 
     def _clear(self) -> None:
         for folder in (self.run_dir, self.run_dir / CHECKPOINTS):
@@ -266,7 +295,7 @@ def forward(best: Path, storage_root: str, tag: str, *, fs: FileOps = REAL) -> s
         from tunesmith.checkpoints.remote import upload_checkpoint
 
         return upload_checkpoint(best, storage_root, str(PurePosixPath(FORWARDED, *parts)))
-    root = Path(storage_root).expanduser() / FORWARDED
+    root = expanded(storage_root) / FORWARDED
     target = root.joinpath(*parts)
     for folder in target.parents:
         if folder == root:

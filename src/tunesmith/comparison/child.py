@@ -62,7 +62,7 @@ def carry_out(folder: Path) -> int:
             from tunesmith.run import Compared, finetune
 
             finetune(
-                load_config(str(folder / "settings.yaml")),
+                load_config(str(folder / "settings.yaml"), settled=True),
                 Console(width=120, highlight=False),
                 skip_bad_rows=order.skip_bad_rows,
                 resume="auto",

@@ -1,7 +1,9 @@
 """``tunesmith compare``: choose each arm's rate, train it with every seed, measure, say what the numbers allow."""
 
 import json
-from contextlib import ExitStack
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,9 +44,9 @@ from tunesmith.comparison.trials import (
     sweep_trial,
     train,
 )
-from tunesmith.comparison.verdict import decide
+from tunesmith.comparison.verdict import decide, undecided
 from tunesmith.config.load import LoadedConfig
-from tunesmith.errors import Interrupted, OutputError
+from tunesmith.errors import Interrupted, OutputError, TunesmithError
 from tunesmith.tracking.environment import machine, versions
 from tunesmith.tracking.events import RunRecord
 from tunesmith.training.stop import terminate_as_interrupt
@@ -121,6 +123,10 @@ class _Comparison:
             raise Interrupted(
                 str(self._experiment.folder), "the comparison was stopped", "give the same command to go on"
             ) from error
+        except TunesmithError:
+            with suppress(TunesmithError):  # the first error is the one to show
+                self._write("failed")
+            raise
         return self._write("finished")
 
     # Trainings.
@@ -142,7 +148,7 @@ class _Comparison:
         before = state.steps_left[arm.name]
         state.sweeps[arm.name] = result = sweep(
             arm.name, experiment.rates[arm.name], experiment.full_steps, self._options.sweep_budget, train_short,
-            note, grows=arm.name not in experiment.given_rates,
+            note, grows=arm.name not in experiment.given_rates, possible=experiment.train_rows.steps_near,
         )  # fmt: skip
         final = len(experiment.seeds) * experiment.full_steps
         state.steps_left[arm.name] = min(before, final)
@@ -241,7 +247,7 @@ class _Comparison:
         folder = self._experiment.folder
         write_text(folder / REPORT_JSON, to_json(record))
         write_text(folder / REPORT_MD, comparison_markdown(record))
-        if status == "finished":
+        if status in ("finished", "failed"):
             from tunesmith.comparison.report_html import write_html  # its plots are slow to import
 
             write_html(record, folder / REPORT_HTML)
@@ -263,6 +269,7 @@ class _Comparison:
             if arm.name in state.sweeps
         )
         found = differences(experiment.arms, state.trained)
+        verdict = decide(experiment.arms, summaries, found, state.forgetting)
         first = next(iter(state.trained.values()), [None])[0]
         score = state.base.before if state.base else None
         return ComparisonRecord(
@@ -270,7 +277,7 @@ class _Comparison:
             name=experiment.folder.name,
             status=status,
             created=state.created,
-            seconds=sum(entry.wall_seconds or 0.0 for entry in state.entries),
+            seconds=math.fsum(entry.wall_seconds or 0.0 for entry in state.entries),
             runs_done=len(state.entries),
             runs_planned=len(state.entries) + self._finals_left(status),
             model_id=str(experiment.settings["model_id"]),
@@ -286,7 +293,7 @@ class _Comparison:
             summaries=summaries,
             differences=found,
             forgetting=tuple(state.forgetting),
-            verdict=decide(experiment.arms, summaries, found, state.forgetting),
+            verdict=verdict or (undecided(experiment.arms, summaries) if status == "finished" else None),
             samples=self._samples(),
             settings=experiment.settings,
             options={
@@ -338,6 +345,8 @@ class _Comparison:
                 "the compared rows also chose learning rate and checkpoint, which flatters every arm; "
                 "evaluation.test_path names rows that choose nothing"
             )
+        if experiment.rows == 1:
+            notes.append("one held-out row: no interval says how another row would turn out")
         if len(experiment.seeds) == 1:
             notes.append(
                 "one seed: intervals are over rows alone, and another seed may turn the result round"
@@ -349,12 +358,52 @@ class _Comparison:
                     f"{arm.label}: the best rate stands at the edge of what was tried; a better one may lie beyond"
                 )
             if result and result.learning_rate is None:
-                notes.append(f"{arm.label}: no learning rate that was tried stayed finite")
+                notes.append(f"{arm.label}: no learning rate that was tried stayed finite to the end")
+            elif result and _was_let_go(result):
+                notes.append(
+                    f"{arm.label}: the rates that were best after fewer steps diverged after more; "
+                    f"{result.learning_rate:g} was chosen below them"
+                )
         if len(experiment.arms) > 2:
             notes.append("intervals of differences are widened for the number of pairs (Bonferroni)")
+        notes += trained_otherwise(
+            [run.record for runs in state.trained.values() for run in runs], versions()
+        )
+        notes += scored_base_alone(experiment.arms, state.trained)
         diverged = [e for e in state.entries if e.purpose == "final" and e.status == "failed"]
         notes += [f"{e.arm}, seed {e.seed} failed: {e.fault}" for e in diverged]
         return notes
+
+
+def _was_let_go(result: SweepResult) -> bool:
+    last = max((point.round for point in result.points), default=0)
+    return bool(result.points) and all(p.eval_loss is None for p in result.points if p.round == last)
+
+
+def trained_otherwise(records: Sequence[RunRecord], now: Mapping[str, str]) -> list[str]:
+    """Runs that an earlier call trained with other versions: their numbers may not be those of today."""
+    changed = sorted(
+        {
+            f"{name} {old}, now {now[name]}"
+            for record in records
+            for name, old in record.versions.items()
+            if name in now and now[name] != old
+        }
+    )
+    if not changed:
+        return []
+    return [
+        f"some runs were trained with other versions ({'; '.join(changed)}); a new folder trains all alike"
+    ]
+
+
+def scored_base_alone(arms: Sequence[Arm], trained: Mapping[str, Sequence[Trained]]) -> list[str]:
+    """An arm whose only run scored the base too: its time and memory have that in them."""
+    return [
+        f"{arm.label}: its run scored the untuned base too, which its time a run, cost and peak memory include"
+        for arm in arms
+        if (runs := trained.get(arm.name)) and all(run.record.before is not None for run in runs)
+    ]
 
 
 def _base_score(score: Any, experiment: Experiment, first: Trained | None) -> BaseScore:

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,18 @@ from tunesmith.comparison.arms import parse_arms
 from tunesmith.comparison.record import Arm
 from tunesmith.comparison.sweep import middle_rate, rate_grid
 from tunesmith.comparison.trials import TrainRows, slug
+from tunesmith.config.deepspeed_file import read_deepspeed
 from tunesmith.config.load import DEFAULT_LEARNING_RATE, LoadedConfig
 from tunesmith.config.schema import LoraMethod
 from tunesmith.config.yaml_file import parse_value
+from tunesmith.data.lengths import fit_to_length
+from tunesmith.data.rendering import Renderer
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.data.sources import RawRecord, read_records
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.models.base import BaseFolder
-from tunesmith.models.lora import lora_config
+from tunesmith.paths import expanded
+from tunesmith.planned_adapter import with_adapter
 from tunesmith.run_open import base_weights
 from tunesmith.starting_points import weights_id
 from tunesmith.training.schedule import plan_steps
@@ -61,7 +65,7 @@ class Experiment:
         rates: the grid of each arm.
         given_rates: arms whose grid the user named; it does not grow.
         full_steps: optimizer steps of a final run.
-        identity: digests of data and base weights.
+        identity: digests of data and base weights, and what the DeepSpeed file says.
         is_selected_on: whether the compared rows also chose rate and checkpoint.
     """
 
@@ -100,10 +104,16 @@ def prepare(loaded: LoadedConfig, options: CompareOptions, say: Say) -> Experime
     assert heldout is not None  # _refuse has seen to it
     assert valid is not None
     _check_arms(arms, text.base)
+    for file in options.forgetting:
+        _check_general(file, text.renderer, text.context_length)
     optimization = config.optimization
-    batch = rows_per_step(optimization.train_batch_size_per_device, optimization.gradient_accumulation_steps)
+    batch = rows_per_step(
+        optimization.train_batch_size_per_device,
+        optimization.gradient_accumulation_steps,
+        config.cluster.num_devices,
+    )
     plan = plan_steps(len(fitted.train), batch, optimization.num_epochs, optimization.min_update_steps)
-    folder = options.output or Path(config.output.output_dir).expanduser() / f"compare-{_name(loaded)}"
+    folder = options.output or expanded(config.output.output_dir) / f"compare-{_name(loaded)}"
     data = {
         name: {"path": rows.path, "sha256": rows.sha256, "rows": len(rows)}
         for name, rows in (("train", fitted.train), ("valid", valid.rows), ("test", heldout.rows))
@@ -122,7 +132,9 @@ def prepare(loaded: LoadedConfig, options: CompareOptions, say: Say) -> Experime
         ),
         identity={
             "base": base_weights(text.base).fingerprint,
+            "tokens": token_digest((fitted.train, valid.rows, heldout.rows)),
             **{name: facts["sha256"] for name, facts in data.items()},
+            **deepspeed_identity(loaded),
         },
         base=weights_id(config.model),
         task=text.splits.train_on.value,
@@ -158,12 +170,19 @@ def _rates(
     rates = {arm.name: rate_grid(middle_rate(arm.method, given, own, DEFAULT_LEARNING_RATE)) for arm in arms}
     named: dict[str, tuple[float, ...]] = {}
     for text in texts:
-        # An arm's own name may hold an "=": lora:r=16=1e-4,3e-4.
+        # An arm's own name may hold an "=": lora:r=16=1e-4,3e-4. Without one it is "", which means every arm.
         name, equals, values = text.rpartition("=")
         if equals and name not in rates:
             raise ConfigError(f"--learning-rates {text}", f"no arm {name!r}", f"arms are {', '.join(rates)}")
-        for arm in [name] if equals else list(rates):
-            named[arm] = tuple(_rate(value, text) for value in values.split(","))
+        if name in named:
+            fault = f"gives rates for {name or 'every arm'} a second time"
+            raise ConfigError(
+                f"--learning-rates {text}", fault, "put them into one list, separated by commas"
+            )
+        named[name] = tuple(_rate(value, text) for value in values.split(","))
+    for_all = named.pop("", None)
+    if for_all is not None:
+        named = {**dict.fromkeys(rates, for_all), **named}
     return {**rates, **named}, frozenset(named)
 
 
@@ -177,15 +196,42 @@ def _rate(text: str, place: str) -> float:
 
 
 def _check_arms(arms: Sequence[Arm], base: BaseFolder) -> None:
-    """Target names and PEFT's own checks, on a model without weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path))
+    """Target names and PEFT's own checks, on a model without weights: an adapter is put on as it would be trained."""
     for arm in arms:
         if arm.lora_config is not None:
-            lora_config(arm.lora_config, model, f"--arms {arm.name}")
+            with_adapter(base, arm.lora_config, f"--arms {arm.name}")
+
+
+def _check_general(file: str, renderer: Renderer, context_length: int) -> None:
+    """A text to see forgetting on is looked at before days of training, not after them."""
+    from tunesmith.comparison.forgetting import general_rows  # torch is slow to import
+
+    rows = fit_to_length(general_rows(file, renderer), context_length, "error")
+    if not len(rows):
+        raise DataError(f"--forgetting {file}", "has no text of two tokens or more", "name a longer one")
+
+
+def deepspeed_identity(loaded: LoadedConfig) -> dict[str, Any]:
+    """What the DeepSpeed file asks for, wherever it lies; nothing where there is none.
+
+    The settings that it states are among those of the run already. Keys that change no result, such as what is printed,
+    are left out.
+    """
+    group = loaded.config.cluster.deepspeed
+    if group is None:
+        return {}
+    found = asdict(replace(read_deepspeed(group.config_path), settings={}, meanings=()))
+    return {"deepspeed": found}
+
+
+def token_digest(splits: Sequence[TokenizedRows]) -> str:
+    """Digest of what is trained and scored on: another chat template makes other tokens of the same file."""
+    digest = hashlib.sha256()
+    for rows in splits:
+        for part in (rows.ids, rows.trained, rows.starts):
+            digest.update(f"{part.dtype} {len(part)} ".encode())
+            digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
 
 
 def _name(loaded: LoadedConfig) -> str:
@@ -206,16 +252,26 @@ class _Subsets:
         Drawn, since files are often sorted. The draw hangs on the content alone, so every arm sees the same rows, and
         a smaller subset is part of a larger one.
         """
-        target = self.folder / f"train-{count}-{self.rows.sha256[:12]}.jsonl"
-        if target.is_file():
-            return str(target)
         seed = int.from_bytes(hashlib.sha256(self.rows.sha256.encode()).digest()[:8])
         chosen = np.random.default_rng(seed).permutation(len(self.rows))[:count]
         wanted = {self.rows.origin(int(row)) for row in chosen}
+        # Which rows there are to draw from hangs on more than the file: on context_length, say.
+        digest = hashlib.sha256(
+            "\n".join([self.rows.sha256, *sorted(wanted)]).encode("utf-8", "surrogateescape")
+        )
+        target = self.folder / f"train-{count}-{digest.hexdigest()[:12]}.jsonl"
+        if target.is_file():
+            return str(target)
         lines = [
             record.text
             for record in read_records(self.rows.path)
             if isinstance(record, RawRecord) and f"{record.file}:{record.line}" in wanted
         ]
+        if len(lines) != count:
+            raise DataError(
+                self.rows.path,
+                f"has changed: {len(lines):,} of {count:,} rows are where they were",
+                "start again",
+            )
         write_text(target, "\n".join(lines) + "\n")
         return str(target)

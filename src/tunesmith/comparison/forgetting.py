@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.comparison.record import Estimate, Forgetting
+from tunesmith.comparison.statistics import Values, difference
 from tunesmith.data.batching import pad_rows, split_by_tokens
 from tunesmith.data.conversation import PlainText, detect_task
 from tunesmith.data.lengths import fit_to_length
@@ -24,7 +25,7 @@ from tunesmith.data.packing import pack_rows, split_packed
 from tunesmith.data.rendering import Renderer, TokenizedExample, TrainOn
 from tunesmith.data.rows import TokenizedRows, tokenize_rows
 from tunesmith.errors import DataError, NonFiniteError
-from tunesmith.evaluation.intervals import bootstrap_mean, wilson
+from tunesmith.evaluation.intervals import wilson
 from tunesmith.models.batches import prepare_packing
 from tunesmith.models.packed_attention import NAME
 from tunesmith.models.passes import choose_passes
@@ -153,11 +154,10 @@ def measure_general(
 def compare_scores(
     before: Sequence[GeneralScore], after: Sequence[GeneralScore], *, arm: str, seed: int
 ) -> tuple[Forgetting, ...]:
-    """One entry for each text; the interval of the change is a paired bootstrap over its rows.
+    """One entry for each text; the interval of the change is a paired bootstrap over its rows, as of two arms.
 
-    The change is a ratio of sums over rows, (nats after - nats before) / tokens. Its interval is that of the mean of
-    the linearised ratio, d + (n / T) (s_i - d t_i), whose mean is the ratio d itself (Cochran, "Sampling Techniques",
-    1977, chapter 6), so that long rows weigh as they do in the loss.
+    The change is a ratio of sums over rows, (nats after - nats before) / tokens, so that long rows weigh as they do in
+    the loss. A handful of rows that all go one way show nothing: see ``statistics``.
 
     Raises:
         ValueError: the texts or rows differ.
@@ -166,10 +166,10 @@ def compare_scores(
     for old, new in zip(before, after, strict=True):
         if old.source != new.source or not np.array_equal(old.counts, new.counts):
             raise ValueError(f"{old.source} and {new.source} are not the same rows")
-        differences = new.sums - old.sums
-        change = math.fsum(differences) / int(old.counts.sum())
-        rows = len(differences)
-        linear = change + rows / int(old.counts.sum()) * (differences - change * old.counts)
+        rows, weights = len(old.sums), old.counts.astype(np.float64)
+        change, interval = difference(
+            Values(new.sums[None], weights), Values(old.sums[None], weights), seed=0
+        )  # fmt: skip
         found.append(
             Forgetting(
                 arm=arm,
@@ -178,7 +178,7 @@ def compare_scores(
                 loss_rows=rows,
                 general_loss_before=old.loss,
                 general_loss_after=new.loss,
-                general_loss_change=Estimate(change, bootstrap_mean(linear.tolist(), seed=0), rows),
+                general_loss_change=Estimate(change, interval, rows),
                 choice_accuracy_before=old.accuracy,
                 choice_accuracy_after=new.accuracy,
             )

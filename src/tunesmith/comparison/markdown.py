@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from tunesmith.comparison.record import ArmSummary, ComparisonRecord, Estimate
 from tunesmith.tracking.formats import ABSENT, count, duration, metric_label, number, shorten, size, visible
 
-_MARKUP = re.compile(r"([\\`*_~$|<>\[\]])")
+_MARKUP = re.compile(r"([\\`*_~$|<>&\[\]])")
 
 
 def comparison_markdown(record: ComparisonRecord) -> str:
@@ -25,7 +25,7 @@ def comparison_markdown(record: ComparisonRecord) -> str:
     if record.sweep:
         rows = [
             [
-                p.arm,
+                _label(record, p.arm),
                 str(p.round + 1),
                 f"{p.learning_rate:g}",
                 count(p.steps),
@@ -104,7 +104,7 @@ def _forgetting(record: ComparisonRecord) -> str:
         change = entry.general_loss_change
         rows.append(
             [
-                entry.arm,
+                _label(record, entry.arm),
                 str(entry.seed),
                 _inline(entry.source),
                 number(entry.general_loss_before),
@@ -128,7 +128,7 @@ def _samples(record: ComparisonRecord) -> Iterable[str]:
 
 
 def _text(value: str) -> str:
-    return _inline(shorten(visible(value), 300)).replace("\n", "<br>")
+    return _inline(shorten(value, 300)).replace("\n", "<br>")
 
 
 def _label(record: ComparisonRecord, name: str) -> str:
@@ -148,7 +148,7 @@ def _loss(value: float | None) -> str:
 
 
 def _inline(text: str) -> str:
-    return _MARKUP.sub(r"\\\1", text)
+    return _MARKUP.sub(r"\\\1", visible(text))
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.checkpoints.atomic import write_json
 from tunesmith.comparison.record import Forgetting, Serving
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import Interrupted, TunesmithError
+from tunesmith.training.stop import terminate_as_interrupt
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -159,9 +160,16 @@ def read_forgetting(run: Path, files: Sequence[str]) -> tuple[Forgetting, ...] |
 def read_serving(run: Path) -> Serving | None:
     """What was measured of a run, if it was."""
     try:
-        return Serving(**json.loads((run / SERVING).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return _serving_adapter().validate_json((run / SERVING).read_bytes())
+    except (OSError, ValueError):
         return None
+
+
+@functools.cache
+def _serving_adapter() -> "TypeAdapter[Serving]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Serving)
 
 
 @functools.cache
@@ -174,8 +182,10 @@ def _adapter() -> "TypeAdapter[tuple[Forgetting, ...]]":
 def carry_out(kind: str, order: Mapping[str, Any]) -> None:
     """One order, its results written beside what it measured.
 
+    A checkpoint that cannot be measured keeps none of the others from it.
+
     Raises:
-        TunesmithError: any of its kinds.
+        TunesmithError: any of its kinds; of several checkpoints the first.
     """
     if kind == "serving":
         write_json(Path(order["output"]), measure_serving(Path(order["checkpoint"]), order["base"]))
@@ -185,9 +195,16 @@ def carry_out(kind: str, order: Mapping[str, Any]) -> None:
     files = list(order["files"])
     before = measure_general(order["base"], files=files)
     key = forgetting_key(files)
+    faults: list[TunesmithError] = []
     for run, arm, seed in order["runs"]:
-        found = measure_forgetting(str(Path(run) / "best"), before, arm=arm, seed=seed, files=files)
+        try:
+            found = measure_forgetting(str(Path(run) / "best"), before, arm=arm, seed=seed, files=files)
+        except TunesmithError as error:
+            faults.append(error)
+            continue
         write_json(Path(run) / FORGETTING, {"key": key, "entries": [asdict(entry) for entry in found]})
+    if faults:
+        raise faults[0]
 
 
 if __name__ == "__main__":
@@ -196,7 +213,11 @@ if __name__ == "__main__":
     stop_when_alone()
     _order = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
-        carry_out(_order["kind"], _order["order"])
+        # As an exception, so that temporary folders, which hold whole models, are removed.
+        with terminate_as_interrupt():
+            carry_out(_order["kind"], _order["order"])
+    except KeyboardInterrupt:
+        sys.exit(Interrupted.exit_code)
     except TunesmithError as _error:
         write_json(Path(sys.argv[1]).with_suffix(".fault"), {"message": str(_error)})
         sys.exit(_error.exit_code)

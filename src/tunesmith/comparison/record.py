@@ -99,7 +99,8 @@ class RunEntry(_Part):
 class SweepPoint(_Part):
     """The eval loss of one learning rate after one round of the sweep; None: the run failed, as with too high a rate.
 
-    ``kept`` says that the rate went into the next round; of the last round, that it was chosen.
+    ``kept`` says that the rate went into the next round; of the last round, that it was chosen. Where every rate of the
+    last round failed, the one that was chosen is marked in the round that it came to.
     """
 
     arm: str
@@ -293,7 +294,7 @@ class ComparisonRecord(_Part):
 
 
 def to_json(record: ComparisonRecord) -> str:
-    """``record`` as strict JSON, indented, ASCII.
+    """``record`` as strict JSON, indented, ASCII; bytes of a file's name that are no text become question marks.
 
     Raises:
         ValueError: a number is not finite.
@@ -340,8 +341,10 @@ def read_comparison(path: Path) -> ComparisonRecord:
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no strict JSON
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {_plain(str(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value

@@ -185,8 +185,10 @@ def _differences(record: ComparisonRecord, labels: Mapping[str, str]) -> Table |
         pair = f"{_label(labels, found.first)} minus {_label(labels, found.second)}"
         measure, value, interval = _difference(found)
         rows.append([pair, measure, value, interval, f"{count(found.rows)} x {found.seeds}", better])
-    head = ["", "measure", "difference", "95 % interval", "rows x seeds", ""]
-    note = "Paired over rows. Where the interval covers 0, these rows show no difference, and there is no winner."
+    level = 100 * record.differences[0].confidence
+    head = ["", "measure", "difference", f"{level:.3g} % interval", "rows x seeds", ""]
+    together = "" if level <= 95 else " The intervals are wider than 95 % so that all pairs hold together."
+    note = f"Paired over rows.{together} Where the interval covers 0, no difference is shown, and there is no winner."
     return Table(head, rows, frozenset({2, 3, 4}), note)
 
 

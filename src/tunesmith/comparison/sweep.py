@@ -62,8 +62,12 @@ def sweep(
     on_points: Callable[[Sequence[SweepPoint]], None] = lambda _: None,
     *,
     grows: bool = True,
+    possible: Callable[[int], int] = lambda steps: steps,
 ) -> SweepResult:
     """Choose a rate.
+
+    Rates that look best after a few steps may all diverge later. Then the best of those that were let go and lie below
+    them is chosen: it is not the best there is, but it trains.
 
     Args:
         arm: its name, for the points.
@@ -73,31 +77,49 @@ def sweep(
         train: called as ``train(round, rate, steps)``.
         on_points: told all points so far, after each training.
         grows: whether the grid may be extended.
+        possible: the number of steps, as near as can be, that a run can be cut to.
     """
     left = sorted(set(rates))
     if len(left) == 1:
         return SweepResult(left[0], False, ())
     points: list[SweepPoint] = []
-    spent, round_number, at_edge = 0, 0, False
+    spent, round_number = 0, 0
     while len(left) > 1:
         rounds_left = math.ceil(math.log2(len(left)))
         share = (budget * full_steps - spent) / (rounds_left * len(left))
-        steps = max(min(_FEWEST_STEPS, full_steps), min(full_steps, int(share)))
+        steps = possible(max(min(_FEWEST_STEPS, full_steps), min(full_steps, int(share))))
         found: dict[float, float | None] = {}
         run = partial(_run, arm, round_number, steps, train, found, points, on_points)
         for rate in left:
             run(rate)
-        if round_number == 0:
-            at_edge = grows and _grow(found, run)
+        if round_number == 0 and grows:
+            _grow(found, run)
         spent += steps * len(found)
         ranked = sorted((loss, rate) for rate, loss in found.items() if loss is not None)
         # All steps were a full run's: another round would train the very same again.
         keep = 1 if steps >= full_steps else math.ceil(len(found) / 2)
         left = sorted(rate for _, rate in ranked[:keep])
-        points[:] = _mark(points, round_number, left)
+        kept_in = round_number
+        if not left and (spare := _let_go(points, min(found))) is not None:
+            left, kept_in = [spare.learning_rate], spare.round
+        points[:] = _mark(points, kept_in, left)
         on_points(points)
         round_number += 1
-    return SweepResult(left[0] if left else None, at_edge, tuple(points))
+    tried = {point.learning_rate for point in points}
+    return SweepResult(
+        left[0] if left else None, bool(left) and left[0] in (min(tried), max(tried)), tuple(points)
+    )
+
+
+def _let_go(points: Sequence[SweepPoint], failed: float) -> SweepPoint | None:
+    """Of the rates below ``failed`` that always stayed finite the best, in the last round that had any."""
+    diverged = {p.learning_rate for p in points if p.eval_loss is None}
+    finite = [
+        (-p.round, p.eval_loss, p.learning_rate, p)
+        for p in points
+        if p.eval_loss is not None and p.learning_rate < failed and p.learning_rate not in diverged
+    ]
+    return min(finite)[3] if finite else None
 
 
 def _run(
@@ -115,24 +137,24 @@ def _run(
     on_points(points)
 
 
-def _grow(found: dict[float, float | None], run: Callable[[float], None]) -> bool:
-    """Train further rates where the best is the lowest or highest; whether it still is at the end."""
+def _grow(found: dict[float, float | None], run: Callable[[float], None]) -> None:
+    """Train further rates where the best is the lowest or highest, until it no longer is or there are enough."""
     start = set(found)
     while True:
         finite = {rate: loss for rate, loss in found.items() if loss is not None}
         if not finite:
             # Every rate was too high.
             if len(found) >= len(start) + _MOST_GROWTH:
-                return True
+                return
             run(_rounded(min(found) / _STEP))
             continue
         best = min(finite, key=lambda rate: (finite[rate], rate))
         lower, higher = best == min(found), best == max(found)
         if not lower and not higher:
-            return False
+            return
         grown = sum(rate < min(start) if lower else rate > max(start) for rate in found)
         if grown >= _MOST_GROWTH:
-            return True
+            return
         run(_rounded(best / _STEP if lower else best * _STEP))
 
 

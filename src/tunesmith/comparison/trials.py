@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,8 +24,9 @@ from tunesmith.comparison.child import Order, read_fault, write_order
 from tunesmith.comparison.record import Arm, LossPoint, RunEntry
 from tunesmith.config.yaml_file import dump_yaml
 from tunesmith.errors import Interrupted, RunError
-from tunesmith.evaluation.heldout_file import HELD_OUT
+from tunesmith.evaluation.heldout_file import HELD_OUT, read_heldout
 from tunesmith.tracking.events import RunRecord
+from tunesmith.tracking.formats import duration
 from tunesmith.tracking.jsonl import read_events
 from tunesmith.tracking.report import read_record
 
@@ -35,6 +37,8 @@ _FREE = (
 )  # fmt: skip
 _CURVE_POINTS = 200
 _POLL_SECONDS = 0.2
+_ORPHAN_SECONDS = 1800.0  # far more than a step and a checkpoint take
+_SLUG_CHARACTERS = 48  # of up to four bytes; a name in a folder may have 255
 ADAPTERS = "adapters"
 
 
@@ -66,8 +70,12 @@ class Trial:
 
 
 def slug(name: str) -> str:
-    """``lora:r=16`` as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
+    """``lora:r=16`` as part of a file's name; letters of any script stay, all else becomes a hyphen."""
+    found = re.sub(r"[\W_]+", "-", name).strip("-") or "unnamed"
+    if len(found) <= _SLUG_CHARACTERS:
+        return found
+    digest = hashlib.sha256(found.encode()).hexdigest()[:8]  # the end may be all in which two names differ
+    return f"{found[: _SLUG_CHARACTERS - 9].rstrip('-')}-{digest}"
 
 
 def final_trial(
@@ -77,7 +85,7 @@ def final_trial(
 
     Args:
         base: the configuration, resolved.
-        identity: digests of data and base weights.
+        identity: digests of data, base weights and, where there is one, of what the DeepSpeed file says.
     """
     settings = _of_arm(base, arm, rate, seed)
     return Trial(_key(settings, identity), arm, "final", None, rate, seed, settings, steps)
@@ -98,8 +106,9 @@ def sweep_trial(
 
     Warm-up is shortened as the run is, so that the shape of the schedule stays.
     """
-    share = steps / full_steps
     path, epochs, count = rows.for_steps(steps)
+    steps = rows.steps_near(steps)
+    share = steps / full_steps
     settings = _of_arm(base, arm, rate, seed) | {
         "train_path": path,
         "num_epochs": epochs,
@@ -126,10 +135,20 @@ class TrainRows:
 
     def for_steps(self, steps: int) -> tuple[str, int, int]:
         """(file, epochs, rows) for about ``steps`` steps: part of one epoch, or whole ones."""
-        wanted = steps * self.rows_per_step
-        if wanted < self.count:
+        if steps < self._of_epoch:
+            wanted = steps * self.rows_per_step
             return self.subset(wanted), 1, wanted
-        return self.path, max(1, round(wanted / self.count)), self.count
+        return self.path, round(steps / self._of_epoch), self.count
+
+    def steps_near(self, steps: int) -> int:
+        """How many steps a training for about ``steps`` takes."""
+        if steps < self._of_epoch:
+            return steps
+        return round(steps / self._of_epoch) * self._of_epoch
+
+    @property
+    def _of_epoch(self) -> int:
+        return math.ceil(self.count / self.rows_per_step)
 
 
 def _of_arm(base: Mapping[str, Any], arm: Arm, rate: float, seed: int) -> dict[str, Any]:
@@ -143,6 +162,8 @@ def _key(settings: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
     decides = {name: value for name, value in settings.items() if name not in _FREE}
     if decides.get("evaluation"):
         decides["evaluation"] = {k: v for k, v in decides["evaluation"].items() if k != "test_path"}
+    if decides.get("deepspeed"):  # known by what the file says, wherever it lies: see ``identity``
+        decides["deepspeed"] = "by content"
     text = json.dumps([decides, identity], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -169,8 +190,8 @@ def finished(folder: Path, trial: Trial) -> Path | None:
 def entry_of(trial: Trial, folder: Path, root: Path) -> tuple[RunEntry, RunRecord | None]:
     """What is told of a trial that is done: finished, or failed for good."""
     run = finished(folder, trial)
-    record = read_record(run / "report.json") if run else None
-    fault = None if run else read_fault(folder)
+    fault = _fault_of(trial, folder, run)
+    record = read_record(run / "report.json") if run and fault is None else None
     events = read_events(run / "metrics.jsonl") if run else []
     score = record.after if record else None
     loss = score.loss if score else record.eval_loss if record else None
@@ -202,9 +223,22 @@ def entry_of(trial: Trial, folder: Path, root: Path) -> tuple[RunEntry, RunRecor
             for e in events
             if e["event"] == "eval" and math.isfinite(e["eval_loss"])
         ),
-        fault=fault.message if fault else None,
+        fault=fault,
     )
     return entry, record
+
+
+def _fault_of(trial: Trial, folder: Path, run: Path | None) -> str | None:
+    """Why a trial has no numbers. A run may end well and still not be comparable: a row's loss is no number."""
+    if run is None:
+        fault = read_fault(folder)
+        return fault.message if fault else None
+    if trial.purpose == "sweep":
+        return None
+    losses = read_heldout(run / HELD_OUT)
+    if not losses.not_finite:
+        return None
+    return f"the loss on {losses.not_finite:,} of {len(losses.losses):,} held-out rows is not finite"
 
 
 def _thinned(points: Any) -> tuple[LossPoint, ...]:
@@ -244,11 +278,10 @@ def train(
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the child has saved its last step.
-        RunError: it could not be trained; another try may help.
+        RunError: it could not be trained, or another process still trains it; another try may help.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    while is_locked(folder):  # a child whose parent was killed is saving its last step
-        time.sleep(_POLL_SECONDS)
+    _wait_for_orphan(folder)
     final = trial.purpose == "final"
     places = {
         "output_dir": str(folder),
@@ -270,10 +303,32 @@ def train(
         log = folder / "log.txt"
         raise RunError(
             trial.name,
-            fault.message if fault else f"the training ended with exit code {code}",
+            fault.message if fault else ended(code),
             f"see {log}; the same command goes on from here",
         )
     _prune(folder, trial)
+
+
+def _wait_for_orphan(folder: Path) -> None:
+    """Let a child whose parent was killed save its last step; one that hangs is not waited for for ever."""
+    until = time.monotonic() + _ORPHAN_SECONDS
+    while is_locked(folder):
+        if time.monotonic() > until:
+            raise RunError(
+                str(folder),
+                f"another process has trained there for {duration(_ORPHAN_SECONDS)}, and does not end",
+                "end it, then give the same command",
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def ended(code: int) -> str:
+    """Why a child may have ended that left no word of its own."""
+    if code == -signal.SIGKILL:
+        return "its process was killed, as a system does that runs out of memory"
+    if code < 0:
+        return f"its process was ended by signal {-code}"
+    return f"the training ended with exit code {code}"
 
 
 def run_helper(module: str, arguments: Sequence[str], folder: Path) -> int:

@@ -1,7 +1,8 @@
 """What the numbers allow to say, in plain words. No sentence names a winner where an interval covers 0.
 
 The quality that decides is the task metric where there is one, else the eval loss. The reference is the full-parameter
-arm where there is one, else the first arm; every other arm is compared with it.
+arm where there is one, else the first arm: how the others compare with it is said first, and what they cost, in shares
+of it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,8 @@ def decide(
     """The verdict; None before two arms have been compared."""
     labels = {arm.name: arm.label for arm in arms}
     of = {summary.arm: summary for summary in summaries}
-    deciding = deciding_differences(differences)
+    reference = next((arm.name for arm in arms if arm.method == "full"), arms[0].name)
+    deciding = sorted(deciding_differences(differences), key=lambda d: reference not in (d.first, d.second))
     if not deciding:
         return None
     sentences = [difference_sentence(d, labels) for d in deciding]
@@ -29,12 +31,36 @@ def decide(
         difference_sentence(d, labels) for d in differences if (d.measure, d.first, d.second) not in seen
     ]
     for d in deciding:
-        sentences += cost_sentences(d.first, d.second, of, labels)
+        sentences += cost_sentences(*_ordered(d, reference), of, labels)
     sentences += forgetting_sentences(forgetting, labels)
+    sentences += failed_sentences(summaries, labels)
     main = deciding[0]
-    costs = cost_sentences(main.first, main.second, of, labels)
+    costs = cost_sentences(*_ordered(main, reference), of, labels)
     headline = "; ".join([difference_sentence(main, labels), *costs[:1]])
     return Verdict(headline, tuple(sentences), advise(deciding, of, labels))
+
+
+def _ordered(d: Difference, reference: str) -> tuple[str, str]:
+    """The two arms, the reference first where it is one of them."""
+    return (d.second, d.first) if d.second == reference else (d.first, d.second)
+
+
+def undecided(arms: Sequence[Arm], summaries: Sequence[ArmSummary]) -> Verdict:
+    """Of a comparison that has ended without two arms to compare."""
+    labels = {arm.name: arm.label for arm in arms}
+    trained = {summary.arm for summary in summaries if summary.seeds}
+    without = [arm.label for arm in arms if arm.name not in trained]
+    why = f"no run of {' and none of '.join(without)} ended well" if without else "no two arms share a seed"
+    return Verdict(f"nothing can be compared: {why}", tuple(failed_sentences(summaries, labels)), ())
+
+
+def failed_sentences(summaries: Sequence[ArmSummary], labels: dict[str, str]) -> list[str]:
+    """Runs that are in no mean, and so flatter their arm."""
+    return [
+        f"{s.failed_runs} of {s.failed_runs + len(s.seeds)} runs of {labels[s.arm]} failed and stand in no number"
+        for s in summaries
+        if s.failed_runs
+    ]
 
 
 def deciding_differences(differences: Sequence[Difference]) -> list[Difference]:
@@ -48,7 +74,7 @@ def difference_sentence(d: Difference, labels: dict[str, str]) -> str:
     first, second = labels[d.first], labels[d.second]
     runs = f"{d.seeds} seeds each" if d.seeds > 1 else "1 seed each, so other seeds are not covered"
     low, high = d.interval
-    over = f"on your {d.rows:,} rows"
+    over = f"on your {d.rows:,} rows" if d.rows > 1 else "on your one row"
     if d.better is None:
         evidence = f"{_amount(d, d.value)}, interval {_bare(d, low)} to {_bare(d, high)}; {runs}"
         return f"no difference in {_name(d)} shown between {first} and {second} {over} ({evidence})"
@@ -142,6 +168,8 @@ def _one(
         return Advice(ONE, best.arm, f"{labels[best.arm]} is better, and one model is loaded once")
     beaten = {d.second if d.better == d.first else d.first for d in deciding if d.better is not None}
     left = [arm for arm in arms if arm not in beaten]
+    if len(left) == 1:
+        return Advice(ONE, left[0], f"{labels[left[0]]} alone is not shown to be worse than another")
     return _cheapest(
         ONE,
         left,

@@ -1,7 +1,7 @@
 """YAML file + overrides -> RunConfig. Precedence: defaults < file < ``--set``."""
 
 import difflib
-import json
+import errno
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from tunesmith.config.deepspeed_file import read_deepspeed
+from tunesmith.config.deepspeed_use import notices as deepspeed_notices
+from tunesmith.config.deepspeed_use import stated
 from tunesmith.config.lora_keys import LORA_CONFIG_KEYS
+from tunesmith.config.old_names import OLD_NAMES, Source, paths, refuse_both, with_new_names
 from tunesmith.config.schema import FLAT_SECTIONS, FullMethod, LoraMethod, RunConfig, Section
 from tunesmith.config.yaml_file import KeyPath, YamlFile, dump_yaml, parse_value, read_yaml_file
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, shown_value
 
 DEFAULT_LEARNING_RATE = {"lora": 1e-4, "full": 1e-5}
 
@@ -25,7 +29,7 @@ class Setting:
 
     key: str
     value: Any
-    origin: str  # "default", "FILE line N" or "--set"
+    origin: str  # "default", "FILE line N" or "--set", and in brackets the key that it came from if that is another
     reason: str  # why the default is what it is
 
 
@@ -35,6 +39,7 @@ class LoadedConfig:
 
     config: RunConfig
     settings: tuple[Setting, ...]
+    notices: tuple[str, ...] = ()  # old names, keys without an effect here, what a DeepSpeed file means
 
     def place(self, key: str) -> str:
         """Where the value of ``key`` was set, for error messages."""
@@ -64,8 +69,15 @@ class LoadedConfig:
 def find_config(name: str) -> Path:
     """The configuration file called ``name``: a path, or a bare name among the shipped ``configs/``."""
     path = Path(name)
-    if path.exists() or path.name != name:
-        return path
+    try:
+        if path.exists() or path.name != name:
+            return path
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            return path  # whoever reads it says what is wrong
+        raise ConfigError(
+            shown_value(name), "is no name of a file", "give the path of a YAML file"
+        ) from error
     for folder in _shipped_folders():
         if (folder / name).is_file():
             return folder / name
@@ -75,31 +87,71 @@ def find_config(name: str) -> Path:
     raise ConfigError(name, "no such configuration file", hint)
 
 
-def load_config(name: str | None, overrides: Sequence[str] = (), *, default: bool = False) -> LoadedConfig:
+def load_config(
+    name: str | None, overrides: Sequence[str] = (), *, default: bool = False, settled: bool = False
+) -> LoadedConfig:
     """Read, merge and check a configuration.
 
     Args:
         name: path or shipped name of the YAML file; None: the overrides alone.
         overrides: ``a.b=value`` texts, values in YAML.
         default: choose LoRA where the file does not say (``--default``).
+        settled: leave the DeepSpeed file unread. What a run leaves holds the values that it stated, and it may be gone.
 
     Raises:
         ConfigError: with file, line, key and remedy; several faults give one line each.
     """
-    source = read_yaml_file(find_config(name), name) if name else YamlFile("--set", {})
-    values, given = dict(source.values), {path: source.place(path) for path in source.lines}
-    for text in overrides:
-        path, value = _parse_override(text)
-        _put(values, path, value)
-        # What the file says below the setting is gone with its old value.
-        given = {p: origin for p, origin in given.items() if p[: len(path)] != path}
-        given |= dict.fromkeys(_paths(path, value), "--set")
+    file = read_yaml_file(find_config(name), name) if name else YamlFile("--set", {})
+    source = with_new_names(Source(dict(file.values), {path: file.place(path) for path in file.lines}))
+    _override(source, [_parse_override(text) for text in overrides])
+    values, given = source.values, source.given
     if default:
         values.setdefault("lora_config", None)
     if "lora_config" in values and values["lora_config"] is None:  # `lora_config:` with nothing below it
         values["lora_config"] = {}
-    config = _build(values, given, source)
-    return LoadedConfig(config, tuple(_settings(config, given)))
+    config = _build(values, given, file)
+    if config.cluster.deepspeed is not None and not settled:
+        config = _with_deepspeed(config, config.cluster.deepspeed.config_path, source, file)
+    return LoadedConfig(config, tuple(_settings(config, given)), tuple(dict.fromkeys(source.notices)))
+
+
+def _override(source: Source, overrides: Sequence[tuple[KeyPath, Any]]) -> None:
+    """Put settings of the command line over those of a file."""
+    told = dict.fromkeys((path for path, _ in overrides), "--set")
+    for path, value in overrides:
+        if path[0] in OLD_NAMES:
+            if len(path) > 1:
+                raise ConfigError(
+                    f"--set {'.'.join(map(str, path))}", f"{path[0]} is not a group of settings"
+                )
+            refuse_both(str(path[0]), "--set", told)
+        # A path below a key that has no effect is no more than the key.
+        one = with_new_names(Source({str(path[0]): value}, {path[:1]: "--set"}))
+        source.notices += one.notices
+        for key, new in one.values.items():
+            here = path if key == path[0] else (key,)
+            _put(source.values, here, new)
+            # What the file says below the setting is gone with its old value.
+            kept = {p: origin for p, origin in source.given.items() if p[: len(here)] != here}
+            origin = one.given[(key,)]
+            source.given = kept | dict.fromkeys(paths(here, new), origin)
+
+
+def _with_deepspeed(config: RunConfig, path: str, source: Source, file: YamlFile) -> RunConfig:
+    """The configuration with what its DeepSpeed file states, and notices of what else that says."""
+    sharding, devices = read_deepspeed(path), config.cluster.num_devices
+    given = {s.key: s.value for s in _settings(config, source.given) if s.origin != "default"}
+    there = _place(source.given, ("deepspeed", "config_path"), file)
+    for setting, (value, key) in stated(sharding, given, devices).items():
+        where = tuple(setting.split("."))
+        if given.get(setting) != value:
+            _put(source.values, where, value)
+            source.given |= {where: f"{there} ({key} of {path})"}
+    config = _build(source.values, source.given, file)
+    every = {setting.key: setting.value for setting in _settings(config, source.given)}
+    every.setdefault("optimizer.max_grad_norm", config.optimization.optimizer.max_grad_norm)
+    source.notices += deepspeed_notices(sharding, every, devices)
+    return config
 
 
 def _shipped_folders() -> list[Path]:
@@ -114,13 +166,6 @@ def _parse_override(text: str) -> tuple[KeyPath, Any]:
     if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
         raise ConfigError(f"--set {text}", "is not of the form key=value", "for example --set num_epochs=2")
     return tuple(key.split(".")), parse_value(value, f"--set {text}")
-
-
-def _paths(path: KeyPath, value: Any) -> Iterator[KeyPath]:
-    yield path
-    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in below:
-        yield from _paths((*path, key), item)
 
 
 def _put(values: dict[str, Any], path: KeyPath, value: Any) -> None:
@@ -164,7 +209,9 @@ def _build(values: Mapping[str, Any], given: Mapping[KeyPath, str], source: Yaml
             place = _place(given, ("lora_config",), source)
             faults.append(
                 ConfigError(
-                    place, f"lora_config is {_shown(lora)}, not a group of settings", "write `r: 8` below it"
+                    place,
+                    f"lora_config is {shown_value(lora)}, not a group of settings",
+                    "write `r: 8` below it",
                 )
             )
     if faults:
@@ -256,7 +303,7 @@ def _wrong_value(place: str, path: KeyPath, items: Sequence[Any]) -> ConfigError
         remedy = "put it in quotes"
     if isinstance(value, dict) and wish.startswith("must"):  # settings that contradict each other
         return ConfigError(place, f"{dotted} {wish}", "change one of them")
-    return ConfigError(place, f"{dotted} is {_shown(value)}; it {wish}", remedy)
+    return ConfigError(place, f"{dotted} is {shown_value(value)}; it {wish}", remedy)
 
 
 def _wanted(item: Any) -> str:
@@ -267,13 +314,8 @@ def _wanted(item: Any) -> str:
     return should + rest if should else str(item["msg"]).removeprefix("Value error, ")
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:59]}…"
-
-
 def _is_quoted_number(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value) is not None
+    return isinstance(value, str) and re.fullmatch(r"[-+]?[0-9._]+([eE][-+]?[0-9]+)?", value) is not None
 
 
 def _nested(scope: type[BaseModel], part: str | int) -> type[BaseModel] | None:

@@ -8,6 +8,7 @@ TITLES: Mapping[str, str] = {
     "optimization": "Optimization",
     "checkpoints": "Evaluation and checkpoints",
     "output": "Output",
+    "cluster": "Workers",
 }
 
 _PROMPT = "generation_config.prompt_format"
@@ -53,7 +54,7 @@ MEANINGS: Mapping[str, str] = {
     "optimizer.weight_decay": "decoupled weight decay",
     "optimizer.max_grad_norm": "longest gradient, as a global norm",
     "train_batch_size_per_device": "rows of a batch",
-    "gradient_accumulation_steps": "batches of an optimizer step",
+    "gradient_accumulation_steps": "batches of an optimizer step on each device",
     "padding": "max_length: memory is planned for a row of context_length too, so that longer rows later fit",
     "seed": "decides the order of rows, dropout and a fresh adapter's values",
     "checkpoint_and_evaluation_frequency": "when to evaluate and save; always at the end too",
@@ -81,6 +82,10 @@ MEANINGS: Mapping[str, str] = {
     f"{_PROVIDER}.tracking_uri": "MLflow: folder or address of a server",
     f"{_PROVIDER}.experiment_name": "MLflow: the experiment",
     f"{_PROVIDER}.create_experiment_if_not_exists": "MLflow: make a missing experiment",
+    "num_devices": "workers that train together; more than one are started by Ray, with the extra tunesmith[ray]",
+    "worker_resources": "what each worker asks of Ray beside its CPU or GPU, such as `accelerator_type:A10G: 0.001`",
+    "trainer_resources": "what is reserved once beside the workers, such as `memory: 53687091200`",
+    "deepspeed": "LLMForge's way to say what is split over the workers: stages 1 to 3 are; each key is said",
 }
 
 FAULTS = (
@@ -142,6 +147,12 @@ A path is taken as it stands, from the current folder. A configuration's bare na
 looked for among the files shipped in `configs/`.
 
 Numbers and booleans follow YAML 1.2: `1e-4` is a number, `yes` and `on` are texts. A key given twice is an error.
+Whole numbers may have underscores, as `37_580_963_840`; where a text is wanted they stay text.
+
+Older names of LLMForge are read too, each with a notice: `no_gradient_checkpoint`, `checkpoint_every_n_epochs`,
+`max_num_checkpoints`, `min_num_update_steps` and `model_tag`. `dataset_size_scaling_factor`, `webhook_config` and
+`num_data_blocks_per_device` are accepted and said to have no effect; see
+[migration](migration.md#older-names-of-llmforge).
 """
 
 BEFORE_FAULTS = """
@@ -172,6 +183,9 @@ These are errors, because training would do something other than what was asked:
 - `best_metric` other than `eval_loss` that is not `evaluation.metric`, or without `valid_path`.
 - `evaluation` without `valid_path` and without `evaluation.test_path`, or on rows of plain text.
 - `context_length` above the model's own with `embedding_scaling_technique: none`.
+- The file of `deepspeed.config_path` and this one state different values of one setting, or a `train_batch_size` that
+  the workers' batches do not make.
+- An old name beside the new one.
 - `precision: bf16` on hardware that only emulates it.
 - `system_in_user` without `{system}` in `user`, or the other way round; `system_in_last_user` without `system_in_user`.
 
@@ -184,6 +198,7 @@ These are notices, because a setting merely cannot act:
 - `eval_batch_size_per_device` or `eval_first` without `valid_path` and `evaluation`.
 - `min_update_steps` beside `num_epochs`.
 - `embedding_scaling_technique` without `context_length`.
+- Old names, keys without an effect here, and each key of a DeepSpeed file: what it does in this run.
 
 ## A prompt format of your own
 
@@ -226,5 +241,7 @@ lora_config:
 | `MLFLOW_TRACKING_URI` | the MLflow store, where `tracking_uri` is not set; without both, `mlruns` in `output_dir` |
 | `TUNESMITH_STORAGE` | where LoRA checkpoints are forwarded to; else `ANYSCALE_ARTIFACT_STORAGE`, else `output_dir` |
 | `TUNESMITH_CACHE` | converted models and token caches; without it `tunesmith` in `XDG_CACHE_HOME` or `~/.cache` |
+| `TUNESMITH_SIGNING_KEY`, `TUNESMITH_VERIFY_KEY` | PEM files: signs each manifest; refuses what is not signed so |
+| `RAY_ADDRESS` | the Ray cluster of `num_devices` above 1, and of `submit` and `jobs` where `--address` is not given |
 | `HF_HUB_OFFLINE` | `1`: hub models come from the local cache only |
 """

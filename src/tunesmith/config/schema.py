@@ -5,10 +5,12 @@ reason for that default. ``config/load.py`` puts a file's flat keys into these s
 ``run`` unpack them. Everything is strict: text is never taken for a number.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from tunesmith.config.yaml_file import UnderscoredInt
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -18,6 +20,38 @@ class Section(BaseModel):
     """Base of all sections: frozen, strict, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _underscored(cls, value: Any, info: ValidationInfo) -> Any:
+        return _resolved(value, set(_kinds(cls.model_fields[str(info.field_name)].annotation)))
+
+
+def _resolved(value: Any, kinds: set[Any]) -> Any:
+    """``value`` with numbers written with underscores as what is wanted where they stand."""
+    if isinstance(value, UnderscoredInt):
+        return value.number() if kinds & {int, float} and str not in kinds else str(value)
+    if any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds):
+        return value  # a group of settings: each decides for itself
+    if isinstance(value, Mapping):
+        return {name: _resolved(item, kinds) for name, item in value.items()}
+    return type(value)(_resolved(item, kinds) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The plain types in an annotation; of a mapping those of its values."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        yield Literal
+    elif origin is Annotated:
+        yield from _kinds(arguments[0])
+    elif origin is Mapping:
+        yield from _kinds(arguments[-1])
+    elif arguments:
+        for argument in arguments:
+            yield from _kinds(argument)
+    else:
+        yield annotation
 
 
 def key(default: Any, reason: str) -> Any:
@@ -148,7 +182,7 @@ class OptimizationSettings(Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = key("cosine", "falls towards 0 over the run")
     num_warmup_steps: Annotated[int, Field(ge=0)] = key(10, "AdamW's moments need some steps to settle")
     optimizer: Optimizer = key(Optimizer(), "AdamW")
-    train_batch_size_per_device: PositiveInt | Literal["auto"] = key("auto", "8 rows a step")
+    train_batch_size_per_device: PositiveInt | Literal["auto"] = key("auto", "8 rows")
     gradient_accumulation_steps: PositiveInt = key(1, "a step covers one batch")
     padding: Literal["longest", "max_length"] = key(
         "longest",
@@ -224,6 +258,26 @@ class OutputSettings(Section):
     logger: Logger | None = key(None, "console and metrics.jsonl; W&B too where WANDB_API_KEY is set")
 
 
+Resource = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class DeepSpeed(Section):
+    """LLMForge's ``deepspeed`` group; ``config/deepspeed_file.py`` reads what it names."""
+
+    config_path: str = Field(
+        min_length=1, description="a DeepSpeed file in JSON, or one of deepspeed_configs/"
+    )
+
+
+class ClusterSettings(Section):
+    """Where a run is computed: in this process, or by workers of a Ray cluster."""
+
+    num_devices: PositiveInt = key(1, "this process alone")
+    worker_resources: Mapping[str, Resource] = key({}, "a CPU for each worker, or a GPU where there are any")
+    trainer_resources: Mapping[str, Resource] = key({}, "nothing beside the workers")
+    deepspeed: DeepSpeed | None = key(None, "each worker holds all weights, gradients and optimizer state")
+
+
 class LoraMethod(Section):
     """LoRA (Hu et al. 2021, arXiv:2106.09685): the file has ``lora_config``.
 
@@ -253,6 +307,7 @@ class RunConfig(Section):
     optimization: OptimizationSettings
     checkpoints: CheckpointSettings
     output: OutputSettings
+    cluster: ClusterSettings
 
 
 FLAT_SECTIONS: Mapping[str, type[Section]] = {
@@ -261,4 +316,5 @@ FLAT_SECTIONS: Mapping[str, type[Section]] = {
     "optimization": OptimizationSettings,
     "checkpoints": CheckpointSettings,
     "output": OutputSettings,
+    "cluster": ClusterSettings,
 }

@@ -1,7 +1,8 @@
 """YAML text -> plain values, with the line of every key kept.
 
 PyYAML reads YAML 1.1, in which ``1e-4`` is text and ``yes`` is true. Both surprise people who write
-configuration files, so numbers and booleans follow YAML 1.2's core schema here.
+configuration files, so numbers and booleans follow YAML 1.2's core schema here. Whole numbers with underscores, which
+1.1 alone has, are left to the schema to decide (``UnderscoredInt``).
 """
 
 import re
@@ -15,6 +16,15 @@ from tunesmith.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 _MAX_DEPTH = 50
+_MAX_VALUES = 100_000  # a few lines of aliases of aliases stand for billions
+
+
+class UnderscoredInt(str):
+    """Text such as ``37_580_963_840``, without quotes: a number where the schema wants one, text elsewhere."""
+
+    def number(self) -> int:
+        """The whole number that YAML 1.1 reads."""
+        return int(self.replace("_", ""))
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,8 +61,16 @@ def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(text, 16) if text.startswith("0x") else int(text)
 
 
+def _construct_text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    text = str(loader.construct_scalar(node))
+    is_plain = node.style is None and re.fullmatch(r"[-+]?[1-9][0-9]*(?:_[0-9]+)+", text)
+    return UnderscoredInt(text) if is_plain else text
+
+
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _construct_text)
 _Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(UnderscoredInt, _represent_text)
 
 
 @dataclass(frozen=True)
@@ -132,6 +150,10 @@ def _parse(text: str, name: str) -> tuple[yaml.Node | None, Any, dict[KeyPath, i
 def _note_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name: str) -> None:
     if len(path) > _MAX_DEPTH:
         raise ConfigError(name, f"is nested more than {_MAX_DEPTH} levels deep", "flatten it")
+    if len(lines) > _MAX_VALUES:
+        raise ConfigError(
+            name, f"has more than {_MAX_VALUES:,} values with those that aliases repeat", "write fewer"
+        )
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1

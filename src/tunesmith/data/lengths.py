@@ -5,9 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-from tunesmith.data.problems import printable
 from tunesmith.data.rows import TokenizedRows
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, printable
 
 OnTooLong = Literal["error", "drop", "truncate"]
 

@@ -1,7 +1,7 @@
 """A path, folder, glob or URL as the user writes it -> the files it stands for, opened for reading.
 
 Local paths are handled here, because pipes, devices, links and rights need exact answers; everything
-with ``://`` goes through fsspec.
+with ``://`` goes through ``storage``.
 """
 
 import errno
@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import has_magic
 from pathlib import Path
-from typing import Any
 
-from tunesmith.data.problems import closest, printable
+from tunesmith.data.problems import closest
 from tunesmith.data.watched_file import WatchedFile, not_regular, open_regular
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, printable
+from tunesmith.storage.blocks import RemoteFile
+from tunesmith.storage.faults import told
+from tunesmith.storage.places import Found, Place, look, open_place
+from tunesmith.storage.retries import retried
+from tunesmith.storage.urls import is_url, shown
 
 _BUFFER_BYTES = 2**17
 _REMOTE_BUFFER_BYTES = 2**20
@@ -31,15 +35,15 @@ def resolve_files(path: str) -> list[str]:
 
     Args:
         path: one file of any name; a folder, standing for its own ``*.jsonl`` and ``*.jsonl.gz`` that are
-            not hidden, sorted; or a glob (``**`` does not follow links to folders). With ``://`` it is
-            read through fsspec.
+            not hidden, sorted; or a glob (``**`` does not follow links to folders). A URL means the same at its
+            store.
 
     Raises:
         DataError: nothing there, nothing that can be read, or not a regular file.
     """
     if not path.strip():
         raise DataError("data", "the path is empty", "name a JSONL file, a folder or a glob")
-    return _resolve_url(path) if "://" in path else _resolve_local(path)
+    return _resolve_url(path) if is_url(path) else _resolve_local(path)
 
 
 def open_file(file: str, on_bytes: Callable[[memoryview], object] = lambda _data: None) -> io.BufferedReader:
@@ -50,12 +54,13 @@ def open_file(file: str, on_bytes: Callable[[memoryview], object] = lambda _data
         on_bytes: called with each stored byte that is read, in order.
 
     Raises:
-        DataError: it cannot be opened; and from reading on, when the file grows meanwhile.
+        DataError: it cannot be opened; and from reading on, when the file changes meanwhile.
     """
     with read_errors(file):
-        if "://" in file:
-            filesystem, root = _filesystem(file)
-            raw, buffer = WatchedFile(filesystem.open(root, "rb"), file, None), _REMOTE_BUFFER_BYTES
+        if is_url(file):
+            place = open_place(file, DataError)
+            remote = RemoteFile(place, _must_be_there(place))
+            raw, buffer = WatchedFile(remote, file, None), _REMOTE_BUFFER_BYTES
         else:
             raw, buffer = open_regular(file), _BUFFER_BYTES
         raw.on_bytes = on_bytes
@@ -67,18 +72,16 @@ def open_file(file: str, on_bytes: Callable[[memoryview], object] = lambda _data
 def read_errors(place: str) -> Iterator[None]:
     """Turn what a file system raises into a DataError that names ``place``.
 
-    Stores behind a URL have exception types of their own. For a local path anything but OSError and
-    ValueError (a NUL inside the path) is a fault of this program and passes unchanged.
+    For a local path anything but OSError and ValueError (a NUL inside the path) is a fault of this program and
+    passes unchanged, and so does what was not caught where a store was asked.
     """
     try:
         yield
     except DataError:
         raise
-    except Exception as error:
-        if "://" not in place and not isinstance(error, OSError | ValueError):
-            raise
+    except (OSError, ValueError) as error:
         fault, remedy = _fault_of(error)
-        raise DataError(printable(place), printable(fault), remedy) from error
+        raise DataError(shown(place), printable(fault), remedy) from error
 
 
 def _fault_of(error: Exception) -> tuple[str, str]:
@@ -86,8 +89,6 @@ def _fault_of(error: Exception) -> tuple[str, str]:
         return _DENIED
     if isinstance(error, OSError) and error.errno == errno.ELOOP:
         return "its symbolic links form a loop", "point the link at a real file"
-    if isinstance(error, ImportError):
-        return f"needs a package that is not installed ({error})", "install that package"
     cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return f"cannot be read ({cause})", "check the path and that it can be reached"
 
@@ -197,43 +198,47 @@ def _missing(place: str, name: str, names: list[str]) -> DataError:
     return DataError(printable(place), "does not exist", remedy)
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs  # imported late: local files need none of it
-
-    filesystem, root = url_to_fs(url)
-    return filesystem, str(root)
-
-
 def _resolve_url(url: str) -> list[str]:
-    with read_errors(url):
-        filesystem, root = _filesystem(url)
-        if url.startswith(("file://", "local://")):
-            return _resolve_local(root)
-        return _resolve_remote(filesystem, root, url)
-
-
-def _resolve_remote(filesystem: Any, root: str, url: str) -> list[str]:
-    try:  # info tells a missing file from missing rights; isfile and exists do not
-        kind = filesystem.info(root)["type"]
-    except FileNotFoundError:
-        kind = "glob" if has_magic(root) else "missing"
-    if kind == "file":
+    place = open_place(url, DataError)
+    if url.startswith(("file://", "local://")):
+        return _resolve_local(place.path)
+    found = look(place)
+    if found is not None and not found.is_folder:
         return [url]
-    if kind == "missing":
-        folder, _, name = root.rpartition("/")
-        siblings = filesystem.ls(folder, detail=False) if filesystem.isdir(folder) else []
-        raise _missing(url, name, [_base_name(item) for item in siblings])
-    if kind == "glob":
-        entries, fault = list(filesystem.glob(root, detail=True).values()), _NO_MATCH
-    else:
-        listed = filesystem.ls(root, detail=True)
+    with told(url, DataError):
+        return retried(lambda: _resolve_remote(place, found))
+
+
+def _resolve_remote(place: Place, found: Found | None) -> list[str]:
+    if found is not None:
+        listed = place.fs.ls(place.path, detail=True)
         entries, fault = [item for item in listed if _is_row_file(_base_name(item["name"]))], _NO_ROW_FILES
+    elif has_magic(place.path):
+        entries, fault = list(place.fs.glob(place.path, detail=True).values()), _NO_MATCH
+    else:
+        raise _missing_remote(place)
     names = sorted(item["name"] for item in entries if item["type"] == "file")
     if not names:
-        raise DataError(printable(url), fault, "check the path")
-    if "::" in url:
-        raise DataError(printable(url), "chains file systems over a folder or glob", "name one file")
-    return [str(filesystem.unstrip_protocol(name)) for name in names]
+        raise DataError(shown(place.url), fault, "check the path")
+    if "::" in place.url:
+        raise DataError(shown(place.url), "chains file systems over a folder or glob", "name one file")
+    return [str(place.fs.unstrip_protocol(name)) for name in names]
+
+
+def _missing_remote(place: Place) -> DataError:
+    folder, _, name = place.path.rpartition("/")
+    try:
+        siblings = place.fs.ls(folder, detail=False) if folder else []
+    except (FileNotFoundError, PermissionError):  # a key may allow to read a file and not to list others
+        siblings = []
+    return _missing(shown(place.url), name, [_base_name(item) for item in siblings])
+
+
+def _must_be_there(place: Place) -> Found:
+    found = look(place)
+    if found is None:
+        raise _missing_remote(place)
+    return found
 
 
 def _base_name(path: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, printable
 
 LISTED_PROBLEMS = 20
 _EXCERPT = 60
@@ -57,13 +57,6 @@ class ProblemList:
             listed.append(f"\n  … and {self.total - len(self.first):,} more")
         remedy = "mend it" if self.total == 1 else "mend them"
         raise DataError(printable(path), fault, f"{remedy} or pass --skip-bad-rows{''.join(listed)}")
-
-
-def printable(text: str) -> str:
-    """``text`` with line breaks, control and direction characters and lone surrogates escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shorten(text: str, at: int = 0, most: int = _EXCERPT) -> str:

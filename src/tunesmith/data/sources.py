@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from tunesmith.data.locations import open_file, read_errors, resolve_files
-from tunesmith.data.problems import Problem, printable, shorten
+from tunesmith.data.problems import Problem, shorten
 from tunesmith.data.watched_file import CHANGED, RUN_AGAIN
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, printable
 
 __all__ = ["MAX_LINE_BYTES", "Problem", "RawRecord", "file_digest", "read_records", "resolve_files"]
 

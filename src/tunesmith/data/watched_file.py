@@ -10,8 +10,7 @@ import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tunesmith.data.problems import printable
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, printable
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

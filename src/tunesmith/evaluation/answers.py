@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 from tunesmith.data.conversation import Conversation, Problem, iter_examples
 from tunesmith.data.rendering import Renderer, RenderingError
 from tunesmith.errors import DataError
 from tunesmith.evaluation.generate import cut_at_stop, generate_greedy
+from tunesmith.training.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,15 @@ def greedy_answers(
     stop_token_ids: Sequence[int],
     stop_strings: Sequence[str],
     max_new_tokens: int,
+    workers: Workers = ALONE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """The most likely continuation of each prompt, token by token, as text."""
+    """The most likely continuation of each prompt, token by token, as text.
+
+    Workers share the questions out; those that must keep in step all answer all of them.
+    """
+    if not workers.in_step:
+        questions = questions[workers.rank :: workers.world]
     answers = generate_greedy(
         model,
         [question.prompt_ids for question in questions],
@@ -72,4 +79,8 @@ def greedy_answers(
         on_progress=on_progress,
     )
     texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
-    return [cut_at_stop(text, stop_strings) for text in texts]
+    texts = [cut_at_stop(text, stop_strings) for text in texts]
+    if workers.in_step:
+        return texts
+    shares = workers.gather(texts)
+    return [text for turn in zip_longest(*shares) for text in turn if text is not None]

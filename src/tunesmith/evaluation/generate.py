@@ -1,20 +1,25 @@
 """Batched greedy generation that gives each prompt the answer it would get alone."""
 
+import ctypes
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tunesmith.errors import ModelError, NonFiniteError
-from tunesmith.evaluation.answer_cache import answer_cache
+from tunesmith.evaluation.answer_cache import answer_cache, parts
+from tunesmith.models.device import computing_device
 
 # A batch is made smaller once this share of its rows is done. Making it smaller copies what is left of
 # the cache, about what one more step costs anyway, so waiting for more finished rows would not pay.
 _DROP_AT = 0.25
 BATCH_TOKENS = 8192  # of prompts and answers that go through the model together
+# Of prompts that are read at once, where the model's cache allows parts. Products are as fast with more, and what a
+# pass takes beside the weights grows with them, PEFT's adapters doubling it.
+READ_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ def generate_greedy(
                 done += finished
                 if on_progress is not None:
                     on_progress(done, len(prompts))
+            _give_back_memory()
     return answers
 
 
@@ -122,7 +128,7 @@ def _generate_batch(
     pad_token_id: int,
 ) -> Iterator[int]:
     """Fill the answers of one batch of (prompt, answer), yielding how many rows each step finished."""
-    device = next(model.parameters()).device
+    device = computing_device(model)
     input_ids, mask, next_position = _left_padded(
         [prompt for prompt, _ in batch], pad_token_id, rule.max_new_tokens, device
     )
@@ -132,18 +138,29 @@ def _generate_batch(
     answers = [answer for _, answer in batch]
     running = [True] * len(answers)
     # Room for the prompts and all but the last token of their answers.
-    cache = answer_cache(model, mask.shape[1] - 1)
+    cache = answer_cache(model, len(answers), mask.shape[1] - 1)
+    stretches = parts(cache, len(answers), max(1, READ_TOKENS // width), width)
     while True:
-        output = model(
-            input_ids=input_ids,
-            attention_mask=mask[:, :width],
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            **last_only,
-        )
-        cache = output.past_key_values
-        tokens = _most_likely(output.logits)
+        chosen = []
+        for part in stretches:
+            output = model(
+                input_ids=input_ids[part],
+                attention_mask=mask[part, :width],
+                position_ids=position_ids[part],
+                past_key_values=cache,
+                use_cache=True,
+                **last_only,
+            )
+            chosen.append(_most_likely(output.logits))
+            if input_ids.shape[1] > 1:
+                _give_back_memory()
+        if len(chosen) > 1 and output.past_key_values is not cache:
+            raise ModelError(
+                "generation",
+                "the model leaves the key-value cache it is given",
+                "set use_cache in its config",
+            )
+        cache, tokens, stretches = output.past_key_values, torch.cat(chosen), iter([slice(None)])
         before = sum(running)
         for row, token in enumerate(tokens.tolist()):
             running[row] = running[row] and not rule.take(answers[row], token)
@@ -193,6 +210,15 @@ def _most_likely(logits: torch.Tensor) -> torch.Tensor:
     if torch.isnan(largest).any():
         raise NonFiniteError("generation", "the model's logits are NaN", "check its weights and precision")
     return tokens
+
+
+def _give_back_memory() -> None:
+    """What a pass over prompts freed goes back to the system, where the allocator would keep it (glibc).
+
+    It stays in pieces that fit nothing of what follows: the peak of a run was 0.1 GB higher for it.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _takes_logits_to_keep(model: torch.nn.Module) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.evaluation.generate import BATCH_TOKENS, groups
+from tunesmith.evaluation.generate import BATCH_TOKENS, READ_TOKENS, groups
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def generation_bytes(
         places = longest + max_new_tokens
         cache = 2 * sizes.layers * sizes.keys * rows * places
         # While prompts are read the cache holds them alone; while answers are made a pass is over one token a row.
-        read = cache * longest // places + rows * longest * _of_a_pass(sizes)
+        together = min(rows, max(1, READ_TOKENS // longest)) * longest
+        read = cache * longest // places + together * _of_a_pass(sizes)
         write = cache + 2 * sizes.queries * rows * places + rows * sizes.vocabulary
         most = max(most, read, write)
     return most * sizes.element

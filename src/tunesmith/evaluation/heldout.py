@@ -44,7 +44,8 @@ def score_answers(
     """Score ``answers[i]`` against ``expected[i]`` by the named metric.
 
     The interval is Wilson's where each row is right or wrong, a percentile bootstrap (with ``seed``)
-    where rows have values in between.
+    where rows have values in between. Where all have one value, as a single row has, resamples would
+    say that it is certain; Wilson's interval does not.
 
     Raises:
         ConfigError, DataError: as ``check_expected``.
@@ -55,8 +56,8 @@ def score_answers(
     check_expected(expected, metric_name)
     metric = metric_named(metric_name)
     per_row = tuple(metric.function(*pair) for pair in zip(expected, answers, strict=True))
-    if metric.is_proportion:
-        interval = wilson(sum(value == 1.0 for value in per_row), len(per_row))
+    if metric.is_proportion or len(set(per_row)) == 1:
+        interval = wilson(min(math.fsum(per_row), len(per_row)), len(per_row))
     else:
         interval = bootstrap_mean(per_row, seed=seed)
     return MetricScore(metric.name, math.fsum(per_row) / len(per_row), interval, per_row)

@@ -1,6 +1,7 @@
 """``heldout.json``: loss and metric of every held-out row of one run, so that runs can be compared row by row."""
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +34,21 @@ class HeldOutValues:
     """Values in file order.
 
     Attributes:
-        losses: nats, summed over the trained tokens of each row.
+        losses: nats, summed over the trained tokens of each row; None where that is not finite.
         tokens: trained tokens of each row.
         metric, values: of the rows that were answered, the first ones; None and empty where none were.
     """
 
-    losses: tuple[float, ...]
+    losses: tuple[float | None, ...]
     tokens: tuple[int, ...]
     metric: str | None
     values: tuple[float, ...]
     shown: tuple[ShownAnswer, ...]
+
+    @property
+    def not_finite(self) -> int:
+        """Rows whose loss is not finite: no mean can be taken over them, and none may be left out of it."""
+        return sum(loss is None for loss in self.losses)
 
 
 def write_heldout(path: Path, scored: "Scored", questions: "Sequence[Question]") -> None:
@@ -55,7 +61,7 @@ def write_heldout(path: Path, scored: "Scored", questions: "Sequence[Question]")
     shown = tuple(ShownAnswer(q.shown, q.expected, answer) for q, answer in pairs)
     losses = scored.losses
     values = HeldOutValues(
-        tuple(losses.sums.tolist()),
+        tuple(loss if math.isfinite(loss) else None for loss in losses.sums.tolist()),
         tuple(losses.tokens.tolist()),
         scored.score.metric,
         tuple(scored.values),

@@ -10,10 +10,12 @@ import numpy as np
 _DRAWN_AT_ONCE = 1 << 18
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Score interval for a proportion of ``successes`` in ``n`` trials.
 
-    Unlike the normal approximation it stays inside [0, 1] and has a width at 0 and at ``n`` successes.
+    Unlike the normal approximation it stays inside [0, 1] and has a width at 0 and at ``n`` successes. Of values
+    between 0 and 1 ``successes`` may be the sum: none spread more about their mean than those that are 0 or 1, so the
+    interval is no narrower than it should be.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.models.batches import MicroBatches
 from tunesmith.models.passes import Passes
+from tunesmith.training.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ def row_loss(
     rows: TokenizedRows,
     *,
     micro_batches: MicroBatches,
+    workers: Workers = ALONE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> RowLosses:
     """-log p of the trained tokens of ``rows``.
@@ -38,17 +41,28 @@ def row_loss(
     Args:
         passes: computes losses of the model.
         rows: held-out rows.
-        micro_batches: how rows are cut into batches; says which rows stand in each.
+        micro_batches: how rows are cut into batches; says which rows stand in each. With several workers it yields this
+            one's share.
+        workers: who scores together; each gets the losses of all rows.
         on_progress: called with rows done and rows in all.
     """
-    total, count, done = 0.0, 0, 0
+    done = 0
     tokens = rows.trained_counts
+    totals: list[float] = []
     sums = np.zeros(len(rows))
     for batch in micro_batches(rows, range(len(rows))):
         losses = passes.losses(batch)
+        if not batch.members:
+            continue  # others have something to do: this worker only keeps in step
         starts = np.concatenate([[0], np.cumsum(tokens[list(batch.members)])])[:-1]
         sums[list(batch.members)] = np.add.reduceat(losses.double().cpu().numpy(), starts)
-        total, count, done = total + float(losses.sum()), count + len(losses), done + batch.rows
+        totals.append(float(losses.sum()))
+        done += batch.rows
         if on_progress:
-            on_progress(done, len(rows))
-    return RowLosses(total / count, sums, tokens)
+            on_progress(min(done * workers.world, len(rows)), len(rows))
+    shares = workers.gather((totals, sums))
+    # Added in the order of the batches, so that the last bits do not depend on how many workers there are.
+    total = 0.0
+    for part in chain.from_iterable(zip_longest(*(share for share, _ in shares), fillvalue=0.0)):
+        total += part
+    return RowLosses(total / int(tokens.sum()), np.sum([part for _, part in shares], axis=0), tokens)

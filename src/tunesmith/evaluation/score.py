@@ -12,6 +12,7 @@ from tunesmith.models.batches import MicroBatches
 from tunesmith.models.passes import Passes
 from tunesmith.models.stops import Stops
 from tunesmith.tracking.events import Score
+from tunesmith.training.workers import ALONE, Workers
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -52,6 +53,7 @@ def score_heldout(
     micro_batches: MicroBatches,
     seed: int,
     label: str,
+    workers: Workers = ALONE,
     on_progress: OnProgress,
 ) -> Scored:
     """Score a model on rows and questions.
@@ -60,12 +62,14 @@ def score_heldout(
         passes: computes losses of ``model``.
         micro_batches: how rows are cut when the loss is taken.
         seed: of the bootstrap, where the metric needs one.
+        workers: who scores together; all get the score of all rows and questions.
         label, on_progress: ``on_progress(f"{label}: loss", done, total)``.
     """
     losses = row_loss(
         passes,
         heldout.rows,
         micro_batches=micro_batches,
+        workers=workers,
         on_progress=lambda done, total: on_progress(f"{label}: loss", done, total),
     )
     loss = losses.mean
@@ -81,6 +85,7 @@ def score_heldout(
         stop_token_ids=stops.token_ids,
         stop_strings=stops.strings,
         max_new_tokens=heldout.max_new_tokens,
+        workers=workers,
         on_progress=lambda done, total: on_progress(f"{label}: answers", done, total),
     )
     expected = [question.expected for question in heldout.questions]

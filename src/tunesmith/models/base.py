@@ -1,4 +1,4 @@
-"""Base model and tokenizer from a hub id, a local folder or a catalog name.
+"""Base model and tokenizer from a hub id, a local folder, a URL or a catalog name.
 
 Everything becomes a local folder first, so that all that follows has one way to read it.
 """
@@ -13,8 +13,11 @@ from typing import Any, Literal
 
 import torch
 
+from tunesmith.checkpoints.fetching import fetch_model
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.models.catalog import CATALOG, catalog_folder
+from tunesmith.models.catalog import CATALOG, cache_dir, catalog_folder
+from tunesmith.paths import expanded
+from tunesmith.storage.urls import is_url
 
 Precision = Literal["auto", "fp32", "bf16"]
 _NO_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -39,7 +42,7 @@ def find_base(
     """Bring a base model onto this machine.
 
     Args:
-        model_id: catalog name, local folder or hub id.
+        model_id: catalog name, local folder, hub id, or URL of a model, checkpoint or run.
         weights: False fetches configuration and tokenizer only.
         say: told what is being fetched.
 
@@ -50,7 +53,9 @@ def find_base(
         raise ModelError("model", "its name is empty", "name a catalog model, a folder or a hub id")
     if model_id in CATALOG:
         return BaseFolder(model_id, catalog_folder(model_id, say), None)
-    local = Path(model_id).expanduser()
+    if is_url(model_id):
+        return _checked(fetch_from_url(model_id, weights=weights, say=say), weights)
+    local = expanded(model_id)
     if local.is_dir():
         return _checked(BaseFolder(model_id, local, None), weights)
     if local.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1:
@@ -61,6 +66,19 @@ def find_base(
     say(f"Looking for {model_id} in the local cache and on the Hugging Face hub")
     patterns = [*_NO_WEIGHTS, *(["*.safetensors"] if weights else [])]
     return _checked(fetch_from_hub(model_id, patterns), weights)
+
+
+def fetch_from_url(
+    url: str, *, weights: bool = True, say: Callable[[str], None] = lambda _: None
+) -> BaseFolder:
+    """A model, checkpoint or run at a URL, see ``fetch_model``; kept in the cache.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    return BaseFolder(
+        url, fetch_model(url, cache_dir() / "remote", ModelError, weights=weights, say=say), None
+    )
 
 
 def fetch_from_hub(model_id: str, patterns: list[str]) -> BaseFolder:

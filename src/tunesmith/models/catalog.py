@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.errors import ModelError
+from tunesmith.paths import expanded
 
 # Files that decide what a converted folder holds.
 _RECIPE = ("gguf_conversion.py", "smollm2_chat_template.jinja")
@@ -46,8 +47,8 @@ CATALOG = {
 def cache_dir() -> Path:
     """``TUNESMITH_CACHE``, else ``$XDG_CACHE_HOME/tunesmith``, else ``~/.cache/tunesmith``."""
     if own := os.environ.get("TUNESMITH_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tunesmith"
+        return expanded(own)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tunesmith"
 
 
 def catalog_folder(name: str, say: Callable[[str], None] = lambda _: None) -> Path:

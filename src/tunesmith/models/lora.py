@@ -168,16 +168,33 @@ def _check_every_tensor_landed(tuned: Any, folder: Path) -> None:
         )
 
 
-def save_adapter(model: Any, folder: Path, base_name: str) -> None:
+def adapter_keys(model: Any, trained: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The name of each trained tensor in ``adapter_model.safetensors``, by its name in the model."""
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(model, state_dict=dict(trained), save_embedding_layers=False)
+    names = {id(tensor): name for name, tensor in trained.items()}
+    return {names[id(tensor)]: key for key, tensor in saved.items() if id(tensor) in names}
+
+
+def save_adapter(
+    model: Any, folder: Path, base_name: str, tensors: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     PEFT would add whole copies of embedding layers that are mere targets; they are the base's and left out.
-    ``base_name`` is recorded as the base: the name the user gave, not a path of this machine.
+    ``base_name`` is recorded as the base: the name the user gave, not a path of this machine. ``tensors``, by their
+    names in the model, are written in place of the model's own, which may be split.
     """
     config = model.peft_config[model.active_adapter]
     loaded_from, config.base_model_name_or_path = config.base_model_name_or_path, base_name
     try:
-        model.save_pretrained(folder, save_embedding_layers=False, safe_serialization=True)
+        model.save_pretrained(
+            folder,
+            save_embedding_layers=False,
+            safe_serialization=True,
+            state_dict=dict(tensors) if tensors is not None else None,
+        )
     finally:
         config.base_model_name_or_path = loaded_from
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card says nothing

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tunesmith.models.lora import attach, continue_adapter, lora_config, save_adapter
+from tunesmith.errors import CheckpointError
+from tunesmith.models.lora import adapter_keys, attach, continue_adapter, lora_config, save_adapter
 
 MethodKind = Literal["lora", "full"]
 
@@ -36,9 +37,12 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether every trained number is finite."""
+    """Whether every trained number is finite; of a split model, every one that this worker holds."""
+    held = [
+        getattr(tensor.detach(), "_local_tensor", tensor.detach()) for tensor in trainable_parameters(model)
+    ]
     # By the extremes, which NaN passes on: a mask of a large embedding would be the peak of the run's memory.
-    extremes = [torch.stack(tensor.detach().aminmax()) for tensor in trainable_parameters(model)]
+    extremes = [torch.stack(tensor.aminmax()) for tensor in held if tensor.numel()]
     return all(bool(pair.isfinite().all()) for pair in extremes)
 
 
@@ -58,29 +62,74 @@ def base_is_without_adapter(model: Any) -> bool:
     return not init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
-def save_servable(model: Any, kind: MethodKind, tokenizer: Any, folder: Path, base_name: str) -> None:
-    """Write all that serving needs: weights or adapter, tokenizer, chat template, generation settings."""
+def servable_tensors(model: nn.Module, kind: MethodKind) -> dict[str, torch.Tensor]:
+    """What ``save_servable`` writes of the model, by name; tied weights once."""
     if kind == "lora":
-        save_adapter(model, folder, base_name)
+        return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    tensors = dict(model.named_parameters())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - tensors.keys()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def save_servable(
+    model: Any,
+    kind: MethodKind,
+    tokenizer: Any,
+    folder: Path,
+    base_name: str,
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Write all that serving needs: weights or adapter, tokenizer, chat template, generation settings.
+
+    Args:
+        tensors: what ``servable_tensors`` gave, whole.
+    """
+    if kind == "lora":
+        save_adapter(model, folder, base_name, tensors)
         model.get_base_model().generation_config.save_pretrained(folder)
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=dict(tensors))
     tokenizer.save_pretrained(folder)
 
 
-def restore(model: Any, kind: MethodKind, folder: Path) -> None:
-    """Put the trained tensors of a checkpoint back into the model it was saved from."""
-    from peft import set_peft_model_state_dict
+def read_trained(model: nn.Module, kind: MethodKind, folder: Path) -> dict[str, torch.Tensor]:
+    """The trained tensors of a checkpoint, whole, by their names in the model that it was saved from.
+
+    Raises:
+        CheckpointError: it is of another model, or cannot be read.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    if kind == "lora":
-        set_peft_model_state_dict(model, tensors)
-    else:
-        # Tied weights are saved once; the other name is the same tensor.
-        model.load_state_dict(tensors, strict=False)
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    try:
+        if kind == "lora":
+            saved = load_file(folder / "adapter_model.safetensors")
+            keys = adapter_keys(model, trained)
+            found = {name: saved[keys[name]] for name in trained}
+        else:
+            saved = _weights(folder)
+            found = {name: saved[name] for name in trained}
+    except KeyError as error:
+        raise CheckpointError(
+            str(folder), f"has no {error.args[0]}", "use a checkpoint of this run"
+        ) from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            str(folder), f"cannot be read ({error})", "use an earlier checkpoint"
+        ) from error
+    for name, tensor in found.items():
+        if tensor.shape != trained[name].shape:
+            raise CheckpointError(str(folder), f"{name} has another shape", "use a checkpoint of this run")
+    return found
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """By names in memory: some architectures are saved under other names, in other pieces, than they compute with."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return dict(model.state_dict())
 
 
 def set_generation_defaults(model: Any, stop_token_ids: list[int], stop_strings: list[str]) -> None:

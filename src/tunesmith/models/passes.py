@@ -15,6 +15,9 @@ from tunesmith.models.kernels.reading import UnreadableError, read_decoder
 from tunesmith.models.kernels.scratch import Scratch
 from tunesmith.models.loss import Batch, token_losses
 from tunesmith.models.probe import TOLERANCE, probe_rows
+from tunesmith.native import is_compiled
+
+BY_HAND = "kernels: each layer forward and backward by hand"
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class AutogradPasses:
         was_training = self._model.training
         self._model.eval()
         try:
-            with torch.inference_mode():
+            # No inference mode: what a split model gathers first would not do for training later.
+            with torch.no_grad():
                 return token_losses(self._model, batch, self._autocast)
         finally:
             self._model.train(was_training)
@@ -99,7 +103,7 @@ class KernelPasses:
 
 
 def choose_passes(
-    model: Any, rows: TokenizedRows, *, packs: bool, autocast: torch.dtype | None
+    model: Any, rows: TokenizedRows, *, packs: bool, autocast: torch.dtype | None, sharded: bool = False
 ) -> tuple[Passes, str]:
     """The kernels where they give this model's losses on rows of this data set, and why, for people.
 
@@ -107,8 +111,11 @@ def choose_passes(
         model: a causal LM as ``prepare_packing`` left it.
         packs: what ``prepare_packing`` found.
         autocast: lower precision for the matrix products, where hardware is fast at it.
+        sharded: the model's tensors are split over workers; the kernels read whole ones.
     """
     plain = AutogradPasses(model, autocast)
+    if sharded:
+        return plain, "autograd: weights are sharded"
     if not packs:
         return plain, "autograd: rows are not packed"
     if autocast is not None:
@@ -121,4 +128,6 @@ def choose_passes(
         return plain, f"autograd: {error}"
     if not difference <= TOLERANCE:
         return plain, f"autograd: the kernels would change losses by up to {difference:.1e}"
-    return kernels, "kernels: each layer forward and backward by hand"
+    if not is_compiled("training"):
+        return kernels, f"{BY_HAND}, without C: no compiler was at hand when tunesmith was installed"
+    return kernels, f"{BY_HAND}, its small parts in C"

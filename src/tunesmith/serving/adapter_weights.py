@@ -28,6 +28,7 @@ from tunesmith.serving.adapter_files import (
 )
 from tunesmith.serving.base_weights import EMBEDDINGS, BaseWeights
 from tunesmith.serving.mixed_lora import Adapter, LowRank, adapter_of
+from tunesmith.serving.patterns import check_patterns
 from tunesmith.serving.seam import AdapterKey
 
 _WHO = "the CPU engine does not serve"
@@ -77,6 +78,7 @@ def _places(config: Any, base: BaseWeights, at: str) -> Iterator[_Place]:
         for name, size in zip(group.names, group.sizes, strict=True)
     }
     modules[EMBEDDINGS] = (base.embeddings.shape[0], base.embeddings.shape[1])
+    check_patterns(config, modules, at)
     targets = config.target_modules
     if targets == "all-linear":
         config.target_modules = targets = {name for name in modules if name.startswith("model.layers.")}

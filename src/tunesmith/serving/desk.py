@@ -1,13 +1,17 @@
-"""What callers and an engine's thread share: requests that wait or run, and adapters with their users."""
+"""What callers and an engine's thread share: requests that wait or run, and adapters with their users.
+
+Engines on one set of weights may share their places at work: requests get them in the order in which they came,
+whichever engine each is for.
+"""
 
 import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import count
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 
@@ -55,6 +59,12 @@ class Request(Generic[A]):
     cached: int = 0
     is_cancelled: bool = False
     is_over: bool = False
+    is_sound: bool = False  # its last logits were finite, so its keys and values are
+
+    @property
+    def key(self) -> str:
+        """Of its adapter; "" for the base."""
+        return str(self.adapter.key) if self.adapter is not None else ""
 
     @property
     def is_read(self) -> bool:
@@ -69,16 +79,42 @@ class _Loaded(Generic[A]):
     users: int = 0  # requests that wait or run
 
 
-class Desk(Generic[A]):
-    """Everything of ``seam.Engine`` that does not compute. ``running`` is the engine's thread's alone."""
+@dataclass(eq=False)
+class Places:
+    """Of requests at work, for one desk or several; everything under ``wake``."""
 
-    def __init__(self, limits: EngineLimits) -> None:
+    most: int
+    wake: threading.Condition = field(default_factory=threading.Condition)
+    queue: "deque[Request[Any]]" = field(default_factory=deque)  # all that wait, in the order they came
+    used: int = 0
+
+
+class Desk(Generic[A]):
+    """Everything of ``seam.Engine`` that does not compute. ``running`` is the engine's thread's alone.
+
+    Args:
+        limits: of the engine.
+        places: that it shares with other desks; None: its own, ``limits.running`` of them.
+        leave: told of a request that was running, before its place is free.
+        forget: told of an adapter that nobody uses any more. Both are called in the engine's thread.
+    """
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        places: Places | None = None,
+        leave: Callable[[Request[A]], None] = lambda _: None,
+        forget: Callable[[AdapterKey], None] = lambda _: None,
+    ) -> None:
         self.limits = limits
         self.running: list[Request[A]] = []
-        self._wake = threading.Condition()
+        self.places = places or Places(limits.running)
+        self._wake = self.places.wake
+        self._leave, self._forget = leave, forget
         self._waiting: deque[Request[A]] = deque()
         self._requests: dict[int, Request[A]] = {}
         self._loaded: dict[AdapterKey, _Loaded[A]] = {}
+        self._unused: list[AdapterKey] = []
         self._is_closed = False
         self._numbers = count()
         self._prompt_tokens = self._output_tokens = 0
@@ -97,17 +133,18 @@ class Desk(Generic[A]):
             found = self._loaded.get(adapter) if adapter is not None else None
             if adapter is not None and (found is None or not found.loads):
                 raise UnknownAdapter(f"no adapter with the key {adapter[:64]} is loaded")
-            idle = self.limits.running - (len(self._requests) - len(self._waiting))
-            if len(self._waiting) >= self.limits.waiting + max(idle, 0):
-                raise EngineFull(f"{len(self._waiting)} requests wait already")
+            places = self.places
+            if len(places.queue) >= self.limits.waiting + places.most - places.used:
+                raise EngineFull(f"{len(places.queue)} requests wait already")
             ticket = Ticket(next(self._numbers))
             held = found.adapter if found else None
             request = Request(ticket, held, chooser, deliver, len(prompt), list(prompt))
             if found:
                 found.users += 1
             self._waiting.append(request)
+            places.queue.append(request)
             self._requests[ticket.number] = request
-            self._wake.notify()
+            self._wake.notify_all()
             return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -118,9 +155,8 @@ class Desk(Generic[A]):
                 return
             request.is_cancelled = True
             if request in self._waiting:
-                self._waiting.remove(request)
                 self._let_go(request)
-            self._wake.notify()
+            self._wake.notify_all()
 
     def add(self, adapter: A) -> AdapterKey:
         """Count one load of an adapter that has been read."""
@@ -137,9 +173,10 @@ class Desk(Generic[A]):
                 raise UnknownAdapter(f"no adapter with the key {key[:64]} is loaded")
             found.loads -= 1
             self._drop_unused(key)
+            self._wake.notify_all()
 
-    def facts(self, cache_capacity: int) -> EngineFacts:
-        """See ``Engine``; nothing is in a prefix cache."""
+    def facts(self, cache_capacity: int, prefix_tokens: int = 0, reused_tokens: int = 0) -> EngineFacts:
+        """See ``Engine``; of the caches only the engine knows."""
         with self._wake:
             return EngineFacts(
                 running=len(self._requests) - len(self._waiting),
@@ -148,9 +185,9 @@ class Desk(Generic[A]):
                 adapter_bytes=sum(found.adapter.nbytes for found in self._loaded.values()),
                 cache_tokens=sum(request.cached for request in self.running),
                 cache_capacity=cache_capacity,
-                prefix_tokens=0,
+                prefix_tokens=prefix_tokens,
                 prompt_tokens=self._prompt_tokens,
-                reused_tokens=0,
+                reused_tokens=reused_tokens,
                 output_tokens=self._output_tokens,
             )
 
@@ -158,7 +195,7 @@ class Desk(Generic[A]):
         """Let ``wait`` return None."""
         with self._wake:
             self._is_closed = True
-            self._wake.notify()
+            self._wake.notify_all()
 
     # For the engine's thread.
 
@@ -170,31 +207,43 @@ class Desk(Generic[A]):
         if self.drop_cancelled():
             return []
         with self._wake:
-            while not (self._waiting or self.running or self._is_closed):
+            while not (self._is_next() or self.running or self._unused or self._is_closed):
                 self._wake.wait()
+            for key in self._unused:
+                self._forget(key)
+            self._unused.clear()
             if self._is_closed:
                 return None
             begun = []
-            while self._waiting and len(self.running) < self.limits.running:
+            while self._is_next():
                 request = self._waiting.popleft()
+                self.places.queue.popleft()
+                self.places.used += 1
                 self.running.append(request)
                 begun.append(request)
                 self._prompt_tokens += request.prompt_length
+            if begun:
+                self._wake.notify_all()  # it may be another desk's turn
             return begun
+
+    def _is_next(self) -> bool:
+        """Whether a place is free, and a request of this desk has waited longest for it."""
+        places = self.places
+        return places.used < places.most and bool(self._waiting) and places.queue[0] is self._waiting[0]
 
     def drop_cancelled(self) -> bool:
         """Free the slots of running requests that were cancelled; whether there were any."""
         cancelled = [request for request in self.running if request.is_cancelled]
         for request in cancelled:
-            with self._wake:
-                self._let_go(request)
+            self._free(request)
         return bool(cancelled)
 
     def emit(self, requests: Sequence[Request[A]], logits: torch.Tensor) -> None:
         """Choose and deliver the next token of each request from its row of ``logits``; some end by it."""
         chosen = choose_all(logits, [request.chooser for request in requests])
         for request, token, row in zip(requests, chosen, logits, strict=True):
-            if token == -1:
+            request.is_sound = token != -1
+            if not request.is_sound:
                 token = EngineError("the model's output is not finite")
             if isinstance(token, EngineError):
                 self.end(request, token)
@@ -213,8 +262,7 @@ class Desk(Generic[A]):
 
     def end(self, request: Request[A], last: Token | EngineError) -> None:
         """The slot is free before the last delivery, so that who waits for that finds it so."""
-        with self._wake:
-            self._let_go(request)
+        self._free(request)
         self._deliver(request, last)
 
     def end_all(self) -> None:
@@ -238,6 +286,12 @@ class Desk(Generic[A]):
             _LOG.exception("a delivery failed; its request is cancelled")
             request.is_cancelled = True
 
+    def _free(self, request: Request[A]) -> None:
+        if request in self.running:
+            self._leave(request)
+        with self._wake:
+            self._let_go(request)
+
     def _let_go(self, request: Request[A]) -> None:
         """Free what a request holds; under ``wake``."""
         request.is_over = True
@@ -245,8 +299,11 @@ class Desk(Generic[A]):
             return
         if request in self.running:
             self.running.remove(request)
+            self.places.used -= 1
+            self._wake.notify_all()
         elif request in self._waiting:
             self._waiting.remove(request)
+            self.places.queue.remove(request)
         if request.adapter is not None:
             key = request.adapter.key
             self._loaded[key].users -= 1
@@ -257,6 +314,7 @@ class Desk(Generic[A]):
         found = self._loaded[key]
         if not (found.loads or found.users):
             del self._loaded[key]
+            self._unused.append(key)
 
 
 def check_request(prompt: Sequence[int], sampling: Sampling, limits: EngineLimits) -> None:

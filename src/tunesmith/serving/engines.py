@@ -18,7 +18,6 @@ from tunesmith.serving.seam import (
     Engine,
     EngineError,
     EngineFacts,
-    EngineFull,
     EngineLimits,
     Sampling,
     Ticket,
@@ -59,13 +58,13 @@ def _config(base: BaseFolder) -> Any:
 
 
 def _beside(fast: CpuEngine, base: BaseFolder, config: Any, settings: EngineSettings) -> PlainEngine:
-    return PlainEngine(base, settings, model=share_plain(fast._base, config))
+    return PlainEngine(base, settings, model=share_plain(fast._base, config), places=fast.places)
 
 
 class PairedEngine:
     """Two engines on the same weights as one ``Engine``. Base and plain LoRA adapters are the fast one's.
 
-    As many requests are accepted as one engine takes. While both work, each runs as many at once as ``limits`` says.
+    Both together accept and run as many requests as ``limits`` says, in the order in which they came.
     """
 
     def __init__(self, fast: CpuEngine, make: Callable[[], PlainEngine]) -> None:
@@ -80,10 +79,6 @@ class PairedEngine:
     ) -> Ticket:
         """See ``Engine``."""
         engines = list(self._engines)
-        if len(engines) > 1:
-            facts = self.facts()
-            if facts.running + facts.waiting >= self.limits.running + self.limits.waiting:
-                raise EngineFull(f"{facts.waiting} requests wait already")
         for number, engine in enumerate(engines):
             try:
                 ticket = engine.submit(prompt, adapter, sampling, deliver)
@@ -126,7 +121,8 @@ class PairedEngine:
         """See ``Engine``: the sums of both."""
         first, *rest = [engine.facts() for engine in list(self._engines)]
         for other in rest:
-            sums = {f.name: getattr(first, f.name) + getattr(other, f.name) for f in fields(EngineFacts)}
+            names = [f.name for f in fields(EngineFacts) if f.name != "parts"]
+            sums = {name: getattr(first, name) + getattr(other, name) for name in names}
             first = EngineFacts(**sums)
         return first
 

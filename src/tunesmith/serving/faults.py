@@ -73,3 +73,9 @@ def is_stopping() -> Refusal:
     """503: the server finishes what runs and takes nothing more."""
     headers = {"Retry-After": str(RETRY_SECONDS)}
     return Refusal(503, "The server is stopping; try again", "stopping", headers=headers)
+
+
+def too_many() -> Refusal:
+    """503: more connections are open than requests that could run and wait; this one is closed."""
+    headers = {"Retry-After": str(RETRY_SECONDS), "Connection": "close"}
+    return Refusal(503, "Too many connections are open; try again", "too_many_connections", headers=headers)

@@ -2,14 +2,12 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from tunesmith.config.load import LoadedConfig
-from tunesmith.config.schema import LoraMethod
 from tunesmith.errors import ModelError
 from tunesmith.models.base import BaseFolder
 
@@ -73,66 +71,23 @@ class Subject:
         return [int(self.lora.get("r", 8)), *map(int, (self.lora.get("rank_pattern") or {}).values())]
 
 
-def planned(loaded: LoadedConfig, base: BaseFolder, context_length: int, limit: int | None) -> Subject | None:
-    """The adapter that a configuration would train; None: it trains every weight, so there will be none.
-
-    Args:
-        loaded: the configuration.
-        base: its base; weights are not read.
-        context_length: as it would train.
-        limit: the longest context that the base was made for.
-
-    Raises:
-        ConfigError: PEFT refuses ``lora_config``.
-        ModelError: the base is none that transformers knows.
-    """
-    method = loaded.config.method
-    if not isinstance(method, LoraMethod):
-        return None
-    model = skeleton(base)
-    lora: dict[str, Any] = dict(method.lora_config)
-    place = _in_file(loaded)
-    start = loaded.config.model.initial_adapter_model_ckpt_path
-    if start is not None:
-        from tunesmith.starting_points import adapter_to_continue
-
-        folder = adapter_to_continue(start, base, lora, loaded.place("lora_config"))
-        lora = {
-            key: value for key, value in _json(folder / "adapter_config.json").items() if value is not None
-        }
-        place = _of_adapter(loaded)
-    settings, adapted, linear = _on_layers(lora, model, loaded.place("lora_config"))
-    generation = loaded.config.data.generation_config
-    return Subject(
-        settings,
-        place,
-        _architecture(base),
-        int(model.config.get_text_config().vocab_size),
-        adapted,
-        linear,
-        stretched=context_length if limit is not None and context_length > limit else None,
-        own_template=generation.prompt_format is not None,
-        stops=tuple(generation.stopping_sequences),
-    )
-
-
 def on_disk(folder: Path, base: BaseFolder) -> Subject:
     """The adapter in ``folder``. Its tensors' names are read, not what is in them.
 
     Raises:
         ModelError: its files cannot be read.
     """
-    settings = _json(folder / "adapter_config.json")
+    settings = read_json(folder / "adapter_config.json")
     if settings.get("peft_type") != "LORA":
         raise ModelError(str(folder), "holds no LoRA adapter", "name a LoRA checkpoint")
     names, rows = _tensor_names(folder / "adapter_model.safetensors")
-    config = _json(base.path / "config.json")
+    config = read_json(base.path / "config.json")
     text = config.get("text_config", config)
     owners = {name.partition(".lora_")[0].rpartition(".")[2] for name in names}
     return Subject(
         settings,
         _always(str(folder)),
-        _architecture(base),
+        architecture_of(base),
         int(text.get("vocab_size") or 0),
         frozenset(owners & {"embed_tokens", "wte", "embed_in", "lm_head", "embed_out"}),
         embedding_rows=rows,
@@ -140,61 +95,13 @@ def on_disk(folder: Path, base: BaseFolder) -> Subject:
     )
 
 
-def skeleton(base: BaseFolder) -> Any:
-    """The base's layers without weights or memory.
+def architecture_of(base: BaseFolder) -> str:
+    """As the base's config.json names it; empty where it does not.
 
     Raises:
-        ModelError: transformers does not know it.
+        ModelError: it cannot be read.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.path))
-    except Exception as error:  # foreign files, and a library with exceptions of a kind of its own
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ModelError(base.model_id, f"cannot be built ({reason})", "check its config.json") from error
-
-
-def _on_layers(
-    lora: Mapping[str, Any], model: Any, place: str
-) -> tuple[dict[str, Any], frozenset[str], tuple[str, ...]]:
-    """PEFT's settings in full, which of embeddings and head they reach, and the linear layers' names."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    from tunesmith.models.lora import default_targets, lora_config
-
-    known = {field.name for field in fields(LoraConfig)}
-    config = lora_config({k: v for k, v in lora.items() if k in known}, model, place)
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
-    is_linear_alone = config.target_modules in ("all-linear", None)  # PEFT leaves the head out of the former
-    hit = [] if is_linear_alone else [name for name in names if check_target_module_exists(config, name)]
-    ends_named = {name.rpartition(".")[2] for name in names}
-    linear = tuple(name for name in default_targets(model) if name not in ends_named)
-    return config.to_dict(), frozenset(name.rpartition(".")[2] for name in hit), linear
-
-
-def _in_file(loaded: LoadedConfig) -> Callable[[str], str]:
-    """Where a setting stands, or else the first one below it: of a group only these have lines."""
-
-    def place(key: str) -> str:
-        below = (s.key for s in loaded.settings if s.key.startswith(f"{key}.") and s.origin != "default")
-        return loaded.place(key if key in {s.key for s in loaded.settings} else next(below, key))
-
-    return place
-
-
-def _of_adapter(loaded: LoadedConfig) -> Callable[[str], str]:
-    """Settings of an adapter that is continued stand in its own file, so what names the adapter is the place."""
-    start = loaded.place("initial_adapter_model_ckpt_path")
-    return lambda key: start if key.startswith("lora_config") else loaded.place(key)
-
-
-def _architecture(base: BaseFolder) -> str:
-    found = _json(base.path / "config.json").get("architectures") or [""]
+    found = read_json(base.path / "config.json").get("architectures") or [""]
     return str(found[0])
 
 
@@ -202,7 +109,7 @@ def _stretched(folder: Path, text_config: Mapping[str, Any]) -> int | None:
     manifest = folder / "tunesmith.json"
     if not manifest.is_file():
         return None
-    trained = (_json(manifest).get("config") or {}).get("context_length")
+    trained = (read_json(manifest).get("config") or {}).get("context_length")
     limit = text_config.get("max_position_embeddings")
     return trained if isinstance(trained, int) and isinstance(limit, int) and trained > limit else None
 
@@ -218,7 +125,12 @@ def _tensor_names(path: Path) -> tuple[list[str], int | None]:
     return names, (sizes[0] if sizes else None)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small file.
+
+    Raises:
+        ModelError: there is none.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -57,7 +57,7 @@ def forward(
         gate_up = _project(hidden, layer.gate_up, plan)
         gate, up = gate_up.split(layer.gate_up.sizes, 1)
         active = take("active", layer.gate_up.sizes[0])
-        swiglu(gate, up, active, active)
+        swiglu(gate, up, active)
         _project_onto(active, layer.down, plan, x)
     return x
 
@@ -81,7 +81,7 @@ def _project(x: torch.Tensor, group: Group, plan: Plan) -> torch.Tensor:
 
 def _project_onto(x: torch.Tensor, group: Group, plan: Plan, out: torch.Tensor) -> None:
     """Add the group's output to ``out``, the residual stream."""
-    out.add_(group.product(x))
+    group.product.add_to(out, x)
     plan.add(group.number, x, out)
 
 

@@ -6,21 +6,24 @@ Nothing outside the path is ever reached, through links neither.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Literal
 
 from tunesmith.checkpoints.manifest import MANIFEST_NAME
+from tunesmith.serving.memory import Kind
 from tunesmith.serving.protocol import MAX_NAME, NAME
 
-Kind = Literal["base", "adapter"]
-
 MAX_LISTED = 10_000
-_DEEPEST = 3  # org/model:user:letters is 2
+DEEPEST = 3  # org/model:user:letters is 2
 _NAME = re.compile(rf"{NAME[:-1]}\Z")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _BASE_FILES = ("config.json", MANIFEST_NAME)
-_STAMPED = (*_ADAPTER_FILES, *_BASE_FILES, "tokenizer_config.json", "chat_template.jinja")
+# Also what decides how a model speaks, see ``chat.py``.
+_STAMPED = (
+    *_ADAPTER_FILES, *_BASE_FILES, "tokenizer_config.json", "chat_template.jinja", "tokenizer.json",
+    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json",
+)  # fmt: skip
 
 FileStamp = tuple[int, int, int] | None  # inode, bytes, nanoseconds
 Stamp = tuple[FileStamp, ...]  # of each of _STAMPED, and of a base's weights
@@ -65,7 +68,7 @@ class LoadingPath:
 
     def models(self) -> Iterator[tuple[str, Path, Kind]]:
         """Every model: its name, folder and kind."""
-        yield from self._below(self.root, "", _DEEPEST)
+        yield from self._below(self.root, "", DEEPEST)
 
     def _below(self, place: Path | None, above: str, depth: int) -> Iterator[tuple[str, Path, Kind]]:
         if place is None:
@@ -83,6 +86,14 @@ class LoadingPath:
                     yield from self._below(folder, f"{name}/", depth - 1)
             elif self.holds(folder):
                 yield name, folder, kind
+
+
+def kind_of_names(names: Collection[str]) -> Kind | None:
+    """What a folder with files of these names is, where they are but names; see ``kind_of``."""
+    if all(name in names for name in _ADAPTER_FILES):
+        return "adapter"
+    weights = any(name.endswith(".safetensors") and "/" not in name for name in names)
+    return "base" if weights and all(name in names for name in _BASE_FILES) else None
 
 
 def kind_of(folder: Path) -> Kind | None:

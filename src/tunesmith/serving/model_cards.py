@@ -1,4 +1,4 @@
-"""``GET /v1/models/{name}``: one model, and of an adapter where it comes from and how well it does.
+"""``GET /v1/models/{name}``: one model, and of a trained one where it comes from and how well it does.
 
 All of it is read from files: the checkpoint's manifest, the report of its run where that lies near, and the
 manifests of the checkpoints it was trained on from. The manifest is whatever somebody put into the loading path,
@@ -20,7 +20,7 @@ from tunesmith.checkpoints.store import BEST, CHECKPOINTS
 from tunesmith.errors import TunesmithError
 from tunesmith.serving import protocol as wire
 from tunesmith.serving.faults import unknown_model
-from tunesmith.serving.service import Service
+from tunesmith.serving.service import Service, shown
 from tunesmith.tracking import events
 from tunesmith.tracking.report import read_record
 
@@ -52,12 +52,12 @@ class Generation(BaseModel):
 
 
 class Card(BaseModel):
-    """An adapter's history and numbers; what is not recorded is None.
+    """A trained model's history and numbers; what is not recorded is None.
 
     Attributes:
         lineage: what it was trained on from, the nearest first; empty: from the base's own weights.
         is_lineage_whole: whether the lineage was followed to the base.
-        before: the base's score on the held-out rows, ``after`` the adapter's.
+        before: the base's score on the held-out rows, ``after`` its own.
         note: why numbers are missing.
     """
 
@@ -81,7 +81,7 @@ class Card(BaseModel):
 
 
 class CardedModel(wire.Model):
-    """``GET /v1/models/{name}``: OpenAI's fields and, of an adapter, its card."""
+    """``GET /v1/models/{name}``: OpenAI's fields and, of a model in the loading path, its card."""
 
     card: Card | None
 
@@ -92,15 +92,15 @@ def carded_model(service: Service, name: str) -> CardedModel:
     Raises:
         Refusal: 404: there is none.
     """
-    model = _listed(service.models().data, name)
-    if model is None:
+    found = service.registry.described(name)
+    if found is None:
         raise unknown_model(name)
-    folder = service.registry.folder_of(model.id) if model.parent is not None else None
-    return CardedModel(**model.model_dump(), card=card_of(folder) if folder else None)
+    listed, folder = found
+    return CardedModel(**shown(listed).model_dump(), card=card_of(folder) if folder else None)
 
 
 def card_of(folder: Path) -> Card:
-    """The card of the adapter in ``folder``; one with a note where its manifest tells nothing."""
+    """The card of the checkpoint in ``folder``; one with a note where its manifest tells nothing."""
     if not (folder / MANIFEST_NAME).exists():
         return Card(note=f"Where it comes from is not recorded: it has no {MANIFEST_NAME}")
     found = _manifest(folder)
@@ -131,19 +131,6 @@ def card_of(folder: Path) -> Card:
         is_lineage_whole=is_whole,
         note=None if record else "The report of its run does not lie near, so there are no held-out scores",
     )
-
-
-def _listed(models: list[wire.Model], name: str) -> wire.Model | None:
-    """As completions do: the name itself, then with its base's name before it, then without."""
-    for is_meant in (
-        lambda model: model.id == name,
-        lambda model: model.id == f"{model.parent}:{name}",
-        lambda model: f"{model.parent}:{model.id}" == name,
-    ):
-        found = [model for model in models if is_meant(model)]
-        if found:
-            return found[0] if len(found) == 1 else None  # of two bases: it may be either
-    return None
 
 
 def _manifest(folder: Path) -> tuple[Manifest, str] | None:

@@ -31,6 +31,7 @@ from tunesmith.serving.adapter_files import (
     unserved,
 )
 from tunesmith.serving.changes import Change, Changes, EmbeddingChange, LinearChange
+from tunesmith.serving.patterns import check_patterns
 from tunesmith.serving.plain_model import PlainModel
 from tunesmith.serving.seam import AdapterKey
 
@@ -49,6 +50,7 @@ def read_changes(folder: Path, model: PlainModel, base: BaseFolder) -> Changes:
     check_manifest(folder, base, model.fingerprint, model.limit)
     config = read_config(folder, _UNDERSTOOD, _WHO)
     _check_numbers(config, str(folder))
+    check_patterns(config, model.modules, str(folder))
     peft = _on_skeleton(config, model, folder)
     layers, saved = _layers(peft, folder), _saved(peft)
     _check_hits(config, layers, saved, str(folder))

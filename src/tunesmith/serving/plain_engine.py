@@ -6,10 +6,7 @@ for more than one pass of each other. A prompt is read by itself, in passes of i
 others only through the rounding of products that have more rows, and not even so with ``is_exact``.
 """
 
-import logging
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,22 +14,14 @@ import torch
 
 from tunesmith.models.base import BaseFolder
 from tunesmith.serving.changes import Changes
-from tunesmith.serving.desk import Desk, Request
+from tunesmith.serving.desk import Desk, Places, Request
+from tunesmith.serving.desk_engine import DeskEngine
 from tunesmith.serving.engine import EngineSettings
 from tunesmith.serving.padded_rows import Rows, joined, kept
 from tunesmith.serving.plain_adapters import read_changes
 from tunesmith.serving.plain_model import PlainModel, load_plain
-from tunesmith.serving.seam import (
-    AdapterKey,
-    Deliver,
-    EngineError,
-    EngineFacts,
-    EngineLimits,
-    Sampling,
-    Ticket,
-)
+from tunesmith.serving.seam import AdapterKey, EngineFacts, EngineLimits
 
-_LOG = logging.getLogger(__name__)
 _Request = Request[Changes]
 
 
@@ -44,7 +33,7 @@ class _Group:
     rows: Rows
 
 
-class PlainEngine:
+class PlainEngine(DeskEngine[Changes]):
     """``Engine`` of seam.py for whatever transformers computes in float32 on the CPU."""
 
     def __init__(
@@ -53,6 +42,7 @@ class PlainEngine:
         settings: EngineSettings | None = None,
         *,
         model: PlainModel | None = None,
+        places: Places | None = None,
         is_exact: bool = False,
     ) -> None:
         """Load the base, unless ``model`` is it, and start the thread.
@@ -61,6 +51,7 @@ class PlainEngine:
             base: its files.
             settings: bounds; there is no prefix cache.
             model: of these files.
+            places: of requests at work, where another engine on the same weights shares them.
             is_exact: every request in passes of its own, so that its answer is the same to the last bit whatever
                 else runs; several times slower when many run.
 
@@ -72,50 +63,23 @@ class PlainEngine:
         self._model = model or load_plain(base)
         length = min(settings.context_length, self._model.limit or settings.context_length)
         limits = EngineLimits(length, self._model.vocabulary, settings.running, settings.waiting)
-        self._desk: Desk[Changes] = Desk(limits)
         self._is_together = self._model.way == "together" and not is_exact
         # Caches of another kind may take a prompt in one piece only.
         self._prompt_pass = settings.prompt_pass if self._model.way == "together" else length
         self._prompts: deque[_Request] = deque()
         self._own: dict[_Request, Rows] = {}  # of requests that are in no group yet
         self._groups: dict[str, _Group] = {}
-        self._thread = threading.Thread(target=self._work, name="plain engine", daemon=True)
-        self._thread.start()
+        super().__init__(Desk(limits, places), "plain engine")
 
-    # What callers use, from any thread.
-
-    def submit(
-        self, prompt: Sequence[int], adapter: AdapterKey | None, sampling: Sampling, deliver: Deliver
-    ) -> Ticket:
-        """See ``Engine``."""
-        return self._desk.submit(prompt, adapter, sampling, deliver)
-
-    def cancel(self, ticket: Ticket) -> None:
-        """See ``Engine``."""
-        self._desk.cancel(ticket)
+    # What callers use, from any thread; the rest is DeskEngine's.
 
     def load(self, folder: Path) -> AdapterKey:
         """See ``Engine``. Files are read in the caller's thread; answers go on meanwhile."""
         return self._desk.add(read_changes(folder, self._model, self._base))
 
-    def unload(self, key: AdapterKey) -> None:
-        """See ``Engine``."""
-        self._desk.unload(key)
-
-    @property
-    def limits(self) -> EngineLimits:
-        """See ``Engine``."""
-        return self._desk.limits
-
     def facts(self) -> EngineFacts:
         """See ``Engine``."""
         return self._desk.facts(self.limits.running * self.limits.context_length)
-
-    def close(self) -> None:
-        """See ``Engine``."""
-        self._desk.close()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
 
     # What the engine's thread does.
 
@@ -143,7 +107,8 @@ class PlainEngine:
                 continue
             end = min(request.prompt_length, request.cached + room)
             room -= end - request.cached
-            self._guarded([request], lambda request=request, end=end: self._read(request, end))  # type: ignore[misc]
+            with self._guarded([request]):
+                self._read(request, end)
             if not request.is_over and end < request.prompt_length:
                 self._prompts.append(request)
 
@@ -160,14 +125,14 @@ class PlainEngine:
         found: dict[str, list[_Request]] = {}
         for request in self._desk.running:
             if request.is_read:
-                key = str(request.adapter.key) if request.adapter is not None else ""
-                name = key if self._is_together else f"{key} {request.ticket.number}"
+                name = request.key if self._is_together else f"{request.key} {request.ticket.number}"
                 found.setdefault(name, []).append(request)
         return found
 
     def _make_tokens(self, name: str, requests: list[_Request]) -> None:
         if requests:
-            self._guarded(requests, lambda: self._step(name, requests))
+            with self._guarded(requests):
+                self._step(name, requests)
 
     def _step(self, name: str, requests: list[_Request]) -> None:
         group = self._regrouped(self._groups.pop(name, None), requests)
@@ -200,13 +165,3 @@ class PlainEngine:
             if not all(request.is_over for request in group.members)
         }
         self._own = {request: rows for request, rows in self._own.items() if not request.is_over}
-
-    def _guarded(self, requests: Sequence[_Request], work: Callable[[], None]) -> None:
-        """A pass that fails ends its own requests, not the engine."""
-        try:
-            work()
-        except Exception as error:
-            _LOG.exception("a forward pass failed")
-            for request in requests:
-                if not request.is_over:
-                    self._desk.end(request, EngineError(f"the forward pass failed ({type(error).__name__})"))

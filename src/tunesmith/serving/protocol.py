@@ -322,7 +322,10 @@ Finish = Literal["stop", "length", "tool_calls"]
 
 
 class Model(BaseModel):
-    """One model in ``GET /v1/models``; ``parent`` is the base of an adapter, ``root`` what it is made of."""
+    """One model in ``GET /v1/models``; ``parent`` is the base of an adapter, ``root`` what it is made of.
+
+    ``loaded``: whether it is in memory; one that is not is loaded when it is asked for.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -331,6 +334,7 @@ class Model(BaseModel):
     root: str
     parent: str | None
     max_model_len: int
+    loaded: bool
 
 
 class ModelList(BaseModel):

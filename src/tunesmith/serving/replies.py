@@ -58,9 +58,11 @@ class Writer(Protocol):
 
 def joined(pieces: Sequence[Piece], answers: int) -> list[Piece]:
     """The pieces of each of ``answers`` answers as one, in the order of their numbers."""
+    by_number: list[list[Piece]] = [[] for _ in range(answers)]
+    for piece in pieces:
+        by_number[piece.number].append(piece)
     found = []
-    for number in range(answers):
-        own = [piece for piece in pieces if piece.number == number]
+    for number, own in enumerate(by_number):
         tokens = tuple(token for piece in own for token in piece.tokens)
         starts = tuple(start for piece in own for start in piece.starts)
         calls = tuple(call for piece in own for call in piece.calls)

@@ -61,6 +61,8 @@ class Sampling:
     constraint: Callable[[], Constraint] | None = (
         None  # begins the one of an answer; it does not touch logprobs
     )
+    # The prompt's last tokens where they are of this answer already: its draws and its constraint go on after them.
+    made: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,12 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What an engine does at this moment, and what it has done, for ``/metrics``."""
+    """What an engine does at this moment, and what it has done, for ``/metrics``.
+
+    Attributes:
+        parts: the same of the processes that make the tokens, by a name of each, those that could tell in time; the
+            numbers of memory and caches are theirs alone. None: the tokens are made here.
+    """
 
     running: int
     waiting: int
@@ -107,6 +114,7 @@ class EngineFacts:
     prompt_tokens: int  # of all requests begun, since the start
     reused_tokens: int  # of these, taken from the prefix cache
     output_tokens: int  # made since the start
+    parts: "Mapping[str, EngineFacts] | None" = None
 
 
 class Engine(Protocol):

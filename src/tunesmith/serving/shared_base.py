@@ -57,9 +57,8 @@ class SharedLinear(nn.Module):
 
     def dense(self) -> torch.Tensor:
         """The weight (out, in), laid out anew."""
-        whole = self._reader.group.product._weight  # without a layout of its own only inside the product
-        rows = whole.t() if whole.layout == torch.strided else whole.to_dense()
-        return rows.split(self._reader.group.sizes)[self._part]
+        group = self._reader.group
+        return group.product.dense().split(group.sizes)[self._part]
 
 
 def shared_model(base: BaseWeights, skeleton: Any) -> Any:

@@ -13,10 +13,11 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from tunesmith.serving.faults import Refusal
+from tunesmith.serving.faults import Refusal, is_stopping
 from tunesmith.serving.request_log import current_record
 
 _DONE = b"data: [DONE]\n\n"
+_SECONDS_TO_SAY = 1.0  # that the server ends, to a client that may read no further
 Result = TypeVar("Result")
 
 
@@ -58,33 +59,53 @@ class EventStream(Response):
         replies: what is sent.
         close: called when the stream has ended, in whatever way, even before it began.
         headers: of the answer.
+        seconds: that all of it may take; who reads no further by then is as good as gone.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, replies: AsyncIterator[BaseModel], close: Callable[[], None], headers: dict[str, str]
+        self,
+        replies: AsyncIterator[BaseModel],
+        close: Callable[[], None],
+        headers: dict[str, str],
+        seconds: float,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
-        self._replies, self._close = replies, close
+        self._replies, self._close, self._seconds = replies, close, seconds
+        self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream, until it ends or the client hangs up."""
         try:
-            with suppress(HungUp):  # nobody is left to tell
-                await until_hang_up(receive, self._send_all(_to_client(send)))
+            with suppress(HungUp, TimeoutError):  # nobody is left to tell
+                async with asyncio.timeout(self._seconds):
+                    await until_hang_up(receive, self._send_all(_to_client(send)))
+        except asyncio.CancelledError:  # by the server, which ends
+            if self._has_begun:
+                with suppress(HungUp, TimeoutError):
+                    async with asyncio.timeout(_SECONDS_TO_SAY):
+                        await self._end(_to_client(send), is_stopping())
+            raise
         finally:
             self._close()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        self._has_begun = True
+        fault = None
         try:
             async for reply in self._replies:
                 await _body(send, event(reply.model_dump_json()))
         except Refusal as refusal:
-            current_record().error = refusal.code
-            await _body(send, event(json.dumps(refusal.body())))
+            fault = refusal
+        await self._end(send, fault)
+
+    async def _end(self, send: Send, fault: Refusal | None) -> None:
+        if fault is not None:
+            current_record().error = fault.code
+            await _body(send, event(json.dumps(fault.body())))
         await _body(send, _DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

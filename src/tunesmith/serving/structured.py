@@ -6,12 +6,14 @@ meanwhile. llguidance bounds the work of compiling and of each step; past that t
 """
 
 import json
+import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,11 +30,13 @@ MAX_SCHEMA_CHARACTERS = 65_536
 _KEPT = 32  # compiled grammars of one tokenizer
 _SEARCH_SECONDS = 1.0  # for the place of a fault
 _MOST_OF_FAULT = 300
+_INTRICATE = "the form that the answer has to have is too intricate"
+# llguidance bounds its memory; compiling these takes time with their product, and no thread can be ended.
+_MOST_MULTIPLES = 100_000  # places times the least common multiple: 1-3 s
+_MOST_PAIRS = 10_000  # of a pattern and another name of one object, which must not overlap: 1 s
 
 # White space is where JSON has it, but no model may write nothing else for ever.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
-
-Begin = Callable[[], Constraint]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,21 @@ class Form:
     schema: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Begin:
+    """Begins the constraint of an answer. From the form another process makes its own; the matcher stays here."""
+
+    form: Form
+    vocabulary: int
+    stop_ids: frozenset[int]
+    end: int
+    matcher: Any = field(repr=False)
+
+    def __call__(self) -> Constraint:
+        """Of a new answer."""
+        return Held(self.matcher.deep_copy(), self.vocabulary, self.end, self.stop_ids)
+
+
 def json_form(schema: dict[str, Any], place: str) -> Form:
     """The form of JSON that a schema describes.
 
@@ -59,7 +78,11 @@ def json_form(schema: dict[str, Any], place: str) -> Form:
     check_schema(schema, place)
     from llguidance import LLMatcher
 
-    return Form(LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS), place, schema)
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    except ValueError as error:  # whole numbers past 64 bits
+        raise _bad(place, "a number in it is too large") from error
+    return Form(grammar, place, schema)
 
 
 def check_schema(schema: dict[str, Any], place: str) -> None:
@@ -69,6 +92,57 @@ def check_schema(schema: dict[str, Any], place: str) -> None:
         raise _bad(place, f"has {characters:,} characters, {MAX_SCHEMA_CHARACTERS:,} are the most")
     if "x-guidance" in schema:
         raise _bad(place, "x-guidance is not supported; leave it out")
+    counts = _Counts()
+    _count(schema, counts)
+    if counts.pairs > _MOST_PAIRS:
+        raise _bad(place, "has too many patternProperties; list the properties")
+    if counts.multiples() > _MOST_MULTIPLES:
+        raise _bad(place, "has multipleOf with numbers too large or in too many places; leave some out")
+
+
+@dataclass
+class _Counts:
+    """What of a schema takes long to compile."""
+
+    numbers: set[Decimal] = field(default_factory=set)  # of multipleOf
+    places: int = 0  # with a multipleOf, or that may lead to one
+    is_merged: bool = False  # where schemas are merged, a number may have to be a multiple of several
+    pairs: int = 0
+
+    def multiples(self) -> int:
+        """The states of counting to every multiple, at most."""
+        if not self.numbers:
+            return 0
+        scale = -min(int(number.as_tuple().exponent) for number in self.numbers)
+        whole = [int(number.scaleb(max(scale, 0))) for number in self.numbers]
+        least = math.lcm(*whole) if self.is_merged else max(int(n.scaleb(_digits(n))) for n in self.numbers)
+        return least * self.places
+
+
+def _digits(number: Decimal) -> int:
+    """After the point."""
+    return max(-int(number.as_tuple().exponent), 0)
+
+
+def _count(value: Any, counts: _Counts) -> None:
+    """Whatever looks like a part of a schema counts as one; nesting is bounded by the parser of requests."""
+    if isinstance(value, list):
+        for item in value:
+            _count(item, counts)
+    if not isinstance(value, dict):
+        return
+    multiple = value.get("multipleOf")
+    if isinstance(multiple, int | float) and not isinstance(multiple, bool) and 1e-9 < multiple < 1e15:
+        counts.numbers.add(Decimal(repr(multiple)))
+        counts.places += 1
+    elif "$ref" in value:
+        counts.places += 1
+    counts.is_merged |= "allOf" in value or "$ref" in value
+    patterns, names = value.get("patternProperties"), value.get("properties")
+    if isinstance(patterns, dict):
+        counts.pairs += len(patterns) * (len(patterns) + (len(names) if isinstance(names, dict) else 0))
+    for item in value.values():
+        _count(item, counts)
 
 
 def constraint_for(form: Form, voice: Voice, vocabulary: int, stop_ids: frozenset[int]) -> Begin:
@@ -90,8 +164,7 @@ def constraint_for(form: Form, voice: Voice, vocabulary: int, stop_ids: frozense
         if grammars is None:
             grammars = per_voice[vocabulary] = Grammars(voice.tokenizer, vocabulary)
     matcher = grammars.compiled(form)
-    end = int(voice.tokenizer.eos_token_id)
-    return lambda: Held(matcher.deep_copy(), vocabulary, end, stop_ids)
+    return Begin(form, vocabulary, stop_ids, int(voice.tokenizer.eos_token_id), matcher)
 
 
 class Grammars:
@@ -162,7 +235,12 @@ class Held:
 
     def mask(self) -> NDArray[np.bool_]:
         """See ``Constraint``."""
-        return self._next.result()
+        try:
+            return self._next.result()
+        except EngineError:
+            raise
+        except BaseException as error:  # where Rust gives up, PyO3 raises no Exception; others' answers go on
+            raise EngineError(_INTRICATE) from error
 
     def accept(self, token: int) -> None:
         """See ``Constraint``."""
@@ -175,10 +253,10 @@ class Held:
     def _mask(self) -> NDArray[np.bool_]:
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise EngineError("the form that the answer has to have is too intricate")
+            raise EngineError(_INTRICATE)
         mask = np.unpackbits(packed, bitorder="little")[: self._vocabulary].astype(np.bool_)
         # llguidance knows one end of a text; a model has several, and may use any of them.
-        mask[self._end] = False
+        mask[self._end : self._end + 1] = False  # it may lie past the tokens that have logits
         mask[self._stops] = self._matcher.is_accepting()
         return mask
 

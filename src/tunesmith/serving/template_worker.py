@@ -12,6 +12,7 @@ from typing import Any
 
 MEMORY_BYTES = 2 * 2**30  # of address space, of which an idle worker takes a quarter
 MAX_RENDERED = 16_000_000  # characters
+MAX_REFUSAL = 2_000  # characters of what a template says instead
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def _rendered(render: Any, asked: dict[str, Any]) -> dict[str, str]:
     except MemoryError:
         return {"error": "it takes too much memory"}
     except Exception as error:  # Jinja runs a foreign template: it may raise anything
-        return {"error": str(error) or type(error).__name__}
+        return {"error": str(error)[:MAX_REFUSAL] or type(error).__name__}
     if len(text) > MAX_RENDERED:
         return {"error": f"it renders to more than {MAX_RENDERED:,} characters"}
     return {"text": text}

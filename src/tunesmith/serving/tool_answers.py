@@ -144,8 +144,8 @@ def _call(text: str, at: int, style: CallStyle) -> tuple[Call, int] | None:
         value, end = _DECODER.raw_decode(text, _past_blanks(text, at))
         arguments = value[style.arguments]
         name = value["name"]
-        written = json.dumps(arguments, ensure_ascii=False)
-        written.encode()  # half a surrogate pair cannot be sent
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # Python reads 1e999 as infinity
+        f"{name}{written}".encode()  # half a surrogate pair cannot be sent
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     if not (

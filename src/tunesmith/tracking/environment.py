@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import sys
 from contextlib import suppress
 from importlib import metadata
@@ -9,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("tunesmith", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+
+# Environment variables by which these libraries take other instructions.
+_SETTINGS = (
+    "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "OPENBLAS_CORETYPE",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -27,8 +33,21 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "torch_threads": torch.get_num_threads(),
+        "blas": arithmetic(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
+
+
+def arithmetic() -> str:
+    """The libraries that compute matrix products, the instructions they use here, and what was set for them."""
+    import torch
+
+    told = torch.__config__.show()
+    library = re.search(r"BLAS_INFO=(\w+)", told)
+    found = re.findall(r"(Kernel Library Version [\w.]+|MKL-DNN v[\w.]+|OpenBLAS [\w.]+)", told)
+    given = [f"{name}={os.environ[name]}" for name in _SETTINGS if os.environ.get(name)]
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return ", ".join([library[1] if library else "unknown BLAS", *found, instructions, *given])
 
 
 def seconds_since_process_start() -> float:

@@ -57,8 +57,13 @@ class StepEvent:
     trained_tokens: int
     trained_tokens_throughput: float
     mfu: float | None  # model FLOPs utilisation; None where the machine's peak is not known
-    peak_memory: int
+    peak_memory: int  # of several workers, that of the one that has used most
     time_total_s: float
+    # Of several workers: seconds that each, by rank, computed before it waited for the others. Nothing in one process.
+    worker_times: tuple[float, ...] = ()
+    slowest_worker: int | None = None  # rank
+    slowest_worker_time: float | None = None
+    mean_worker_time: float | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ class RunRecord:
     data: Mapping[str, Mapping[str, Any]]  # split -> {path, sha256, rows}
     resumed_at: tuple[int, ...] = ()  # steps from which a later process went on
     forced: tuple[str, ...] = ()  # differences that --force-resume passed over
+    workers: int = 1  # processes that trained together
 
 
 Event = RunStarted | Notice | Progress | StepEvent | EvalEvent | EpochEvent | CheckpointEvent | RunFinished

@@ -7,6 +7,7 @@ Lines are strict JSON: a float that is not finite is written as the string "NaN"
 import json
 import math
 import numbers
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -68,7 +69,8 @@ def event_object(event: Event) -> dict[str, Any] | None:
 class JsonlSink:
     """Appends events to ``path``, each on disk (handed to the system) before ``emit`` returns.
 
-    A last line torn by a kill is cut off when the file is opened, so a resumed run goes on cleanly.
+    A last line torn by a kill is cut off when the file is opened, so a resumed run goes on cleanly. A line that a full
+    disk did not take is cut off at once and written again with the next one.
 
     Raises:
         OutputError: ``path`` cannot be opened for writing.
@@ -76,7 +78,7 @@ class JsonlSink:
 
     def __init__(self, path: Path) -> None:
         self._trouble = Trouble(str(path))
-        self._torn = False
+        self._waiting = b""  # lines that could not be written yet
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(path)
@@ -89,17 +91,26 @@ class JsonlSink:
         if record is None or self._file.closed:
             return
         with self._trouble.caught():
-            line = json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
-            if self._torn:  # a full disk stopped a write half way; begin a line of its own
-                line = b"\n" + line
-            self._torn = True
-            if self._file.write(line) == len(line):
-                self._torn = False
-            else:
-                self._trouble.warn("a line was written only in part (is the disk full?)")
+            self._waiting += json.dumps(record, allow_nan=False).encode("ascii") + b"\n"
+            self._write()
 
     def close(self) -> None:
-        self._file.close()
+        if not self._file.closed:
+            with self._trouble.caught():
+                self._write()
+            self._file.close()
+
+    def _write(self) -> None:
+        if not self._waiting:
+            return
+        length = os.fstat(self._file.fileno()).st_size
+        written = self._file.write(self._waiting)
+        if written == len(self._waiting):
+            self._waiting = b""
+            return
+        with suppress(OSError):  # not a plain file: what has gone out is gone
+            self._file.truncate(length)
+        self._trouble.warn("a line could not be written whole (is the disk full?); it is tried again")
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -117,16 +128,22 @@ def rewind(path: Path, step: int) -> None:
 
     Raises:
         OutputError: the file cannot be written.
+        UserError: a line is not an event: known before the steps are done, not after.
     """
     kept = 0
     try:
         if not path.is_file():
             return
-        for line in path.read_bytes().splitlines(keepends=True):
-            with suppress(ValueError):
-                event = json.loads(line)
-                if event.get("event") == "run_finished" or event.get("step", 0) > step:
-                    break
+        lines = path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                event = _parsed(line)
+            except ValueError as error:
+                if number == len(lines) and not line.endswith(b"\n"):
+                    break  # torn by a kill
+                raise _no_event(path, number) from error
+            if event["event"] == "run_finished" or event.get("step", 0) > step:
+                break
             kept += len(line)
         with path.open("r+b") as file:
             file.truncate(kept)
@@ -137,7 +154,8 @@ def rewind(path: Path, step: int) -> None:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events in ``path`` as dicts, in order; a torn last line is left out.
 
-    "NaN" and "Infinity" in step, eval and epoch events come back as floats.
+    "NaN" and "Infinity" in step, eval and epoch events come back as floats. Those of steps have a
+    number and a loss.
 
     Raises:
         UserError: the file cannot be read, or a line before the last is not an event.
@@ -151,16 +169,37 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or "event" not in record:
-                raise ValueError("not an event")
+            events.append(_parsed(line))
         except ValueError as error:
             if number == len(lines):
                 break  # no newline after it: the process was killed while writing this line
-            remedy = "the file was changed by something else; delete that line"
-            raise UserError(f"{path} line {number}", "is not an event", remedy) from error
-        events.append(_with_floats(record) if record["event"] in _NUMERIC_EVENTS else record)
+            raise _no_event(path, number) from error
     return events
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """The event of a line. Raises ValueError where it is none."""
+    try:
+        found = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    record: dict[str, Any] = found if isinstance(found, dict) else {}
+    if not isinstance(kind := record.get("event"), str):
+        raise ValueError("not an event")
+    if kind in _NUMERIC_EVENTS:
+        record = _with_floats(record)
+        if type(record.get("step")) is not int:
+            raise ValueError("of no step")
+        if kind == "step" and not isinstance(record.get("train_loss_batch"), int | float):
+            raise ValueError("without a loss")
+    elif type(record.get("step", 0)) is not int:
+        raise ValueError("of no step")
+    return record
+
+
+def _no_event(path: Path, number: int) -> UserError:
+    remedy = "the file was changed by something else; delete that line"
+    return UserError(f"{path} line {number}", "is not an event", remedy)
 
 
 def _with_floats(record: dict[str, Any]) -> dict[str, Any]:

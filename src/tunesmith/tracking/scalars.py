@@ -3,8 +3,8 @@
 The names are LLMForge's, so dashboards made for it go on working: epoch, step, learning_rate,
 train_loss_batch, avg_train_loss_epoch, eval_loss, perplexity, fwd_time, bwd_time,
 train_time_per_step, train_time_per_epoch, eval_time_per_epoch, trained_tokens,
-trained_tokens_throughput, time_total_s; plus grad_norm, mfu, peak_memory, and task metrics under
-their own names.
+trained_tokens_throughput, time_total_s; plus grad_norm, mfu, peak_memory, of several workers
+slowest_worker, slowest_worker_time and mean_worker_time, and task metrics under their own names.
 """
 
 from typing import NamedTuple
@@ -25,6 +25,9 @@ _STEP_FIELDS = (
     "mfu",
     "peak_memory",
     "time_total_s",
+    "slowest_worker",
+    "slowest_worker_time",
+    "mean_worker_time",
 )
 
 
@@ -39,8 +42,8 @@ class Scalar(NamedTuple):
 def scalars(event: Event) -> list[Scalar]:
     """The scalars of ``event``, all at one step; empty for events that carry none.
 
-    A value that is not known (``mfu`` on a machine whose peak is not known) is left out. Values
-    may be NaN or infinite; all three services can store those.
+    A value that is not known (``mfu`` on a machine whose peak is not known, the slowest worker of
+    one process) is left out. Values may be NaN or infinite; all three services can store those.
     """
     match event:
         case StepEvent():

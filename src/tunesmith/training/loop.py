@@ -1,4 +1,4 @@
-"""The one training loop, for LoRA and full-parameter alike: an iterator over optimizer steps.
+"""The one training loop, for LoRA and full-parameter, one process and many: an iterator over optimizer steps.
 
 Whoever iterates decides what happens between steps (evaluate, save, stop); nothing is called back. The
 random numbers of a micro-batch come from its place in the run, so a run can be entered at any step.
@@ -21,6 +21,8 @@ from tunesmith.models.batches import MicroBatches
 from tunesmith.models.passes import Passes
 from tunesmith.tracking.events import StepEvent
 from tunesmith.training.schedule import StepPlan
+from tunesmith.training.worker_times import tell_share
+from tunesmith.training.workers import ALONE, Workers
 
 
 def train_steps(
@@ -35,6 +37,7 @@ def train_steps(
     micro_batches: MicroBatches,
     seed: int,
     started: float,
+    workers: Workers = ALONE,
     steps_done: int = 0,
     flops_per_token: Callable[[int, int], float] | None = None,
     peak_flops: float | None = None,
@@ -49,8 +52,10 @@ def train_steps(
         optimizer: over ``parameters``.
         learning_rate_at: rate of a step, from 1.
         max_grad_norm: clip to this global norm; 0: no clipping.
-        micro_batches: how the rows of a step are cut; changes memory and speed, never the result.
+        micro_batches: how the rows of a step are cut; changes memory and speed, never the result. With several workers
+            it yields this one's share, those numbered rank, rank + world and so on.
         seed: order of rows and dropout.
+        workers: who trains together; gradients and losses are summed over them, so that all step alike.
         steps_done: steps that an earlier process has done; the first step here is the one after.
         started: ``time.perf_counter()`` at the start of the run, for ``time_total_s``.
         flops_per_token, peak_flops: for the model FLOPs utilisation; (real, trained) tokens -> FLOPs.
@@ -68,13 +73,18 @@ def train_steps(
             begun = time.perf_counter()
             trained_tokens = int(counts[chosen].sum())
             total, forward_time, backward_time = 0.0, 0.0, 0.0
-            for number, batch in enumerate(micro_batches(rows, chosen)):
+            for turn, batch in enumerate(micro_batches(rows, chosen)):
+                number = workers.rank + turn * workers.world
                 torch.manual_seed(stream_seed(seed, "dropout", step, number))
                 # Divided here by the count of the whole step, gradients simply add up to the step's mean.
                 done = passes.train(batch, 1 / trained_tokens)
                 total += done.total
                 forward_time += done.forward_seconds
                 backward_time += done.backward_seconds
+            share_seconds = _seconds_since(begun, parameters) if forward_time + backward_time else 0.0
+            workers.sum_gradients(parameters)
+            shares = tell_share(workers, total, share_seconds, peak_memory_bytes())
+            total = shares.total
             norm = _clip(parameters, max_grad_norm)
             if not (math.isfinite(total) and math.isfinite(norm)):
                 optimizer.zero_grad(set_to_none=True)
@@ -100,8 +110,12 @@ def train_steps(
                 trained_tokens=trained_tokens,
                 trained_tokens_throughput=trained_tokens / seconds,
                 mfu=flops / seconds / peak_flops if flops and peak_flops else None,
-                peak_memory=peak_memory_bytes(),
+                peak_memory=max(peak_memory_bytes(), shares.peak_memory),
                 time_total_s=time.perf_counter() - started,
+                worker_times=shares.seconds,
+                slowest_worker=shares.slowest,
+                slowest_worker_time=shares.longest,
+                mean_worker_time=shares.mean,
             )
 
 
@@ -117,10 +131,19 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _seconds_since(begun: float, parameters: Sequence[torch.nn.Parameter]) -> float:
+    if parameters[0].is_cuda:
+        torch.cuda.synchronize()  # a GPU is still at work when the call has returned
+    return time.perf_counter() - begun
+
+
 def _clip(parameters: Sequence[torch.nn.Parameter], max_grad_norm: float) -> float:
     if max_grad_norm:
-        return float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-    return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # Of split gradients each worker has a part.
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def _non_finite(step: int, total: float, origins: Sequence[str]) -> NonFiniteError:

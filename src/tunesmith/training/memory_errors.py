@@ -11,8 +11,8 @@ _CPU_MESSAGE = "can't allocate memory"  # torch has a type of its own for GPUs o
 
 
 @contextmanager
-def memory_errors() -> Iterator[None]:
-    """Raise RunError in place of what Python and torch raise when memory is used up."""
+def memory_errors(remedy: str = "lower context_length, or take a smaller model") -> Iterator[None]:
+    """Raise RunError, with this remedy, in place of what Python and torch raise when memory is used up."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -22,5 +22,5 @@ def memory_errors() -> Iterator[None]:
         raise RunError(
             "GPU" if is_gpu else "this machine",
             "its memory does not suffice for this run",
-            "lower context_length, set gradient_checkpointing, train with lora_config, or take a smaller model",
+            remedy,
         ) from error

@@ -20,26 +20,34 @@ def named_trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_training_state(
-    folder: Path,
+def training_tensors(
     trained: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     kept: Mapping[str, torch.nn.Parameter],
-) -> None:
-    """Write ``optimizer.safetensors`` into ``folder``: the moments of ``trained``, and the tensors ``kept``."""
+) -> dict[str, torch.Tensor]:
+    """By their names in the file: the moments of ``trained``, as zeros where there are none yet, and ``kept``."""
+    tensors: dict[str, torch.Tensor] = {f"weight/{name}": tensor.detach() for name, tensor in kept.items()}
+    for name, parameter in trained.items():
+        if not optimizer.state[parameter]:
+            # In the tensor's own layout: a fused optimizer walks through all of them in the order of memory.
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        tensors |= {f"{kind}/{name}": optimizer.state[parameter][kind] for kind in _KINDS}
+    return tensors
+
+
+def save_training_state(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write ``optimizer.safetensors`` into ``folder``: what ``training_tensors`` gave, whole."""
     from safetensors.torch import save_file
 
-    tensors = {f"weight/{name}": tensor.detach().contiguous() for name, tensor in kept.items()}
-    for name, parameter in trained.items():
-        state = optimizer.state[parameter]
-        tensors |= {f"{kind}/{name}": state[kind].contiguous() for kind in _KINDS}
-    save_file(tensors, folder / STATE_NAME)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / STATE_NAME)
 
 
-def load_training_state(
-    folder: Path, trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    """Put back what ``save_training_state`` wrote.
+def read_training_state(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What ``save_training_state`` wrote for ``tensors``, which may be split.
 
     Raises:
         CheckpointError: the file is not of these tensors.
@@ -50,20 +58,12 @@ def load_training_state(
     file = folder / STATE_NAME
     try:
         saved = load_file(file)
-        for name, parameter in trained.items():
-            moments = {kind: saved[f"{kind}/{name}"] for kind in _KINDS}
-            if moments["exp_avg"].shape != parameter.shape:
-                raise CheckpointError(
-                    str(file), f"{name} has another shape here", "resume with the run's own file"
-                )
-            # In the tensor's own layout: a fused optimizer walks through all of them in the order of memory.
-            optimizer.state[parameter] = {
-                "step": moments["step"],
-                "exp_avg": torch.empty_like(parameter).copy_(moments["exp_avg"]),
-                "exp_avg_sq": torch.empty_like(parameter).copy_(moments["exp_avg_sq"]),
-            }
-            if (weight := saved.get(f"weight/{name}")) is not None:
-                parameter.data.copy_(weight)
+        found = {name: saved[name] for name in tensors}
+        if wrong := [name for name, tensor in tensors.items() if found[name].shape != tensor.shape]:
+            raise CheckpointError(
+                str(file), f"{wrong[0]} has another shape here", "resume with the run's own file"
+            )
+        return found
     except KeyError as error:
         raise CheckpointError(
             str(file), f"has no {error.args[0]}", "resume with the run's own file"

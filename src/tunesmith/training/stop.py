@@ -16,6 +16,7 @@ class StopRequest:
     """Set by a signal, read between steps. A second signal interrupts at once."""
 
     signal_name: str | None = None
+    is_heeded: bool = False  # within stop_on_signals
 
     def check(self) -> None:
         """Raise StopRequested if a signal has come."""
@@ -25,10 +26,18 @@ class StopRequest:
 
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """Within the block SIGTERM does what Ctrl-C does: it raises KeyboardInterrupt."""
+    """Within the block SIGTERM does what Ctrl-C does: it raises KeyboardInterrupt, once.
+
+    A process may be told twice, by its parent and by the end of its input. The second would break off the cleaning up
+    that the first has begun.
+    """
+    told = False
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        nonlocal told
+        if not told:
+            told = True
+            raise KeyboardInterrupt
 
     try:
         previous = signal.signal(signal.SIGTERM, interrupt)
@@ -42,9 +51,14 @@ def terminate_as_interrupt() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Within the block SIGINT and SIGTERM set the request instead of ending the process."""
-    request = StopRequest()
+def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
+    """Within the block SIGINT and SIGTERM set the request instead of ending the process.
+
+    Args:
+        request: one that others may set too; None: a new one.
+    """
+    request = request or StopRequest()
+    request.is_heeded = True
 
     def note(number: int, _frame: FrameType | None) -> None:
         if request.signal_name:
@@ -54,10 +68,14 @@ def stop_on_signals() -> Iterator[StopRequest]:
     try:
         previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: somebody else decides about signals
-        yield request
+        try:
+            yield request
+        finally:
+            request.is_heeded = False
         return
     try:
         yield request
     finally:
+        request.is_heeded = False
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -52,6 +52,10 @@ class CountedOps(UnflushedOps):
 
 def no_space() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def broken_disk() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def run_killed(work: Callable[[FileOps], None], at: int) -> bool:
@@ -100,6 +104,8 @@ def tools() -> Any:
         counted = CountedOps
         unflushed = UnflushedOps()
         no_space = staticmethod(no_space)
+        broken_disk = staticmethod(broken_disk)
+        faults: ClassVar = {"no space left on the disk": no_space, "could not be saved": broken_disk}
         run_killed = staticmethod(run_killed)
         manifest = staticmethod(build_manifest)
         hidden_in = staticmethod(hidden_in)

@@ -117,6 +117,30 @@ def test_a_folder_that_came_meanwhile_is_not_overwritten(tmp_path, tools):
     assert tools.hidden_in(tmp_path) == []
 
 
+def test_two_processes_that_put_a_folder_in_one_place_do_not_collide(tmp_path, tools):
+    final, fs = tmp_path / "step", tools.unflushed
+    final.mkdir()
+
+    def both(number: int) -> None:
+        for _ in range(100):
+            with whole_folder(final, replace=True, fs=fs) as folder:
+                fill(folder, {name: str(number) for name in NEW})
+
+    children = []
+    for number in (1, 2):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                both(number)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
+    assert content(final) in ({name: str(number) for name in NEW} for number in (1, 2))
+    assert tools.hidden_in(tmp_path) == []
+
+
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
 def test_other_errors_pass_unchanged_and_leave_nothing(tmp_path, tools, error):
     final = tmp_path / "step"
@@ -137,7 +161,8 @@ def test_other_errors_pass_unchanged_and_leave_nothing(tmp_path, tools, error):
 
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("once", [True, False])
-def test_no_space_at_every_operation_leaves_the_old_or_the_new_whole(tmp_path, tools, replace, once):
+@pytest.mark.parametrize("fault", ["no space left on the disk", "could not be saved"])
+def test_a_fault_at_every_operation_leaves_the_old_or_the_new_whole(tmp_path, tools, replace, once, fault):
     before = OLD if replace else None
 
     def prepared(name: str) -> Path:
@@ -153,12 +178,12 @@ def test_no_space_at_every_operation_leaves_the_old_or_the_new_whole(tmp_path, t
     assert count == (9 if replace else 7)
     for at in range(count):
         final = prepared(f"fault-{at}")
-        fs = tools.counted(at, tools.no_space, once=once)
+        fs = tools.counted(at, tools.faults[fault], once=once)
         removing_old = replace and at == count - 1
         if removing_old:
             write_new(final, replace, fs)  # the new one is in place; that is success
         else:
-            with pytest.raises(CheckpointError, match=r"step: no space left on the disk \(needs"):
+            with pytest.raises(CheckpointError, match=rf"step: {fault} \("):
                 write_new(final, replace, fs)
         if once and not removing_old:
             assert tools.hidden_in(final.parent) == []

@@ -286,11 +286,30 @@ def test_what_a_killed_process_did_not_come_to_prune_goes_when_the_best_is_publi
     assert steps_on_disk(tmp_path) == {20, 30}
 
 
-def test_no_space_at_every_operation_of_a_save(trained, save, tools):
+def test_what_a_failing_disk_did_not_remove_goes_when_the_best_is_published(tmp_path, save, tools):
+    class Failing(type(tools.unflushed)):
+        fails = True
+
+        def remove(self, path):
+            if self.fails:
+                tools.broken_disk()
+            super().remove(path)
+
+    store = CheckpointStore(tmp_path, keep=1, fs=(fs := Failing()))
+    for step, score in ((10, 3.0), (20, 2.0)):
+        save(store, step, score)
+    assert tools.hidden_in(tmp_path)
+    fs.fails = False
+    store.publish_best()
+    assert tools.hidden_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("fault", ["no space left on the disk", "could not be saved"])
+def test_a_fault_at_every_operation_of_a_save(trained, save, tools, fault):
     outcomes = set()
     for at in range(100):
         run_dir = trained(str(at))
-        fs = tools.counted(at, tools.no_space)
+        fs = tools.counted(at, tools.faults[fault])
         try:
             save_and_publish(run_dir, save, fs)
             outcomes.add("went on")  # the fault hit pruning only
@@ -300,7 +319,7 @@ def test_no_space_at_every_operation_of_a_save(trained, save, tools):
         assert steps  # at least one checkpoint is always there
         if len(fs.log) <= at:
             break
-    assert outcomes == {"went on", "no space left on the disk"}
+    assert outcomes == {"went on", fault}
 
 
 def test_space_running_out_tells_how_much_the_last_one_took(tmp_path, save, tools):
@@ -413,6 +432,7 @@ def test_at_a_url_the_manifest_is_there_only_with_all_the_rest(best, monkeypatch
         return real(self, source, target, **options)
 
     monkeypatch.setattr(type(store), "put_file", put_file)
+    monkeypatch.setattr("tunesmith.storage.retries.sleep", lambda _: None)
     with pytest.raises(OutputError, match=r"ConnectionError: the line is dead.*it is safe in .*best"):
         forward(best, "memory://partial", TAG)
     assert store.find(root)

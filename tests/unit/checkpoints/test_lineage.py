@@ -243,6 +243,14 @@ def test_the_chain_is_drawn(chain, outputs):
     assert lines[11:] == [f"{tag}-tag  {chain[i]}" for i, tag in enumerate(("new", "old", "full"))]
 
 
+def test_what_a_file_holds_does_not_steer_the_terminal(save, outputs):
+    save("one", tag="a\x1b[2Jb", data={"train": {"path": "x\x1b[31m\ny", "sha256": "ef" * 32, "rows": 7}})
+    text = drawn(trace("one", outputs))
+    assert "\x1b" not in text
+    assert "a\\x1b[2Jb" in text
+    assert "train: x\\x1b[31m\\ny, 7 rows" in text
+
+
 def test_a_merged_model_is_drawn_as_such(save, outputs):
     adapter = save("tuned")
     save("merged", "model.safetensors", parent="tuned-tag", parent_adapter=parent_of(adapter), eval_loss=1.0)

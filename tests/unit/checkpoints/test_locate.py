@@ -1,8 +1,15 @@
+import errno
+import io
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from tunesmith.checkpoints import locate
+from tunesmith.checkpoints.listing import print_runs
 from tunesmith.checkpoints.locate import list_runs, locate_model
 from tunesmith.checkpoints.manifest import MANIFEST_NAME
 from tunesmith.checkpoints.store import CheckpointStore
@@ -154,6 +161,40 @@ def test_runs_are_listed_newest_first_with_their_facts(train, outputs):
         "lora",
         2,
     )
+
+
+def test_names_in_a_list_do_not_steer_the_terminal(train, outputs):
+    train("one", [], report={"tag": "a\x1b[2J\nb", "model_id": "m\x1b", "status": "failed\x1b"})
+    file = io.StringIO()
+    print_runs(Console(file=file, width=200), list_runs(outputs), outputs)
+    assert "\x1b" not in file.getvalue()
+    assert "a\\x1b[2J\\nb" in file.getvalue()
+
+
+def test_an_entry_that_cannot_be_looked_at_hides_no_other(train, outputs, monkeypatch):
+    train("a", [1.0])
+    train("b", [1.0])
+    real = Path.is_dir
+
+    def stale(path, *arguments):
+        if path.name == "a":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path, *arguments)
+
+    monkeypatch.setattr(Path, "is_dir", stale)
+    assert [run.path.name for run in list_runs(outputs)] == ["b"]
+
+
+def test_a_run_that_is_removed_while_it_is_listed_is_no_traceback(train, outputs, monkeypatch):
+    run = train("one", [])
+    real = locate._report
+
+    def removed(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return real(folder)
+
+    monkeypatch.setattr(locate, "_report", removed)
+    assert [(item.path, item.status) for item in list_runs(outputs)] == [(run, "unfinished")]
 
 
 def test_a_failed_run_is_listed_with_what_its_report_tells(train, outputs):

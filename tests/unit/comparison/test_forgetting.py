@@ -154,8 +154,10 @@ def test_the_change_weighs_tokens_and_its_interval_varies_with_rows():
     (found,) = compare_scores([score(1.0, 3.0)], [score(2.0, 9.0)], arm="full", seed=0)
     assert (found.general_loss_before, found.general_loss_after) == (1.0, 2.75)
     assert found.general_loss_change.value == 1.75
-    # d + (2 / 4) (s - d t): of the rows 1.75 + (1 - 1.75) / 2 and 1.75 + (6 - 5.25) / 2
-    assert found.general_loss_change.interval == (1.375, 2.125)
+    # Two rows that both rise show nothing: of two coins both fall on one side in half of all throws.
+    low, high = found.general_loss_change.interval
+    assert low <= 0
+    assert high > 2  # the second row's own rise
     assert found.choice_accuracy_after.value == 0.5
     other = GeneralScore(SHIPPED, np.array([1.0]), np.array([1]), None)
     with pytest.raises(ValueError, match="not the same rows"):
@@ -225,3 +227,26 @@ def test_texts_are_short_and_of_many_subjects():
     assert len({row["subject"] for row in rows}) >= 15
     assert all(80 <= len(row["text"]) <= 400 and row["text"].endswith(".") for row in rows)
     assert GENERAL_TEXT.stat().st_size + GENERAL_CHOICE.stat().st_size < 100_000
+
+
+def test_a_change_over_many_texts_has_the_interval_of_the_linearised_ratio():
+    generator = np.random.default_rng(0)
+    counts = generator.integers(5, 60, 400)
+    before = counts * generator.gamma(2, 1.0, 400)
+    rise = counts * generator.normal(0.1, 0.4, 400)
+    old, new = (GeneralScore(SHIPPED, sums, counts, None) for sums in (before, before + rise))
+    (found,) = compare_scores([old], [new], arm="full", seed=0)
+    change = rise.sum() / counts.sum()
+    error = np.sqrt(((rise - change * counts) ** 2).sum()) / counts.sum()  # Cochran 1977, chapter 6
+    low, high = found.general_loss_change.interval
+    assert found.general_loss_change.value == pytest.approx(change)
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.06)
+
+
+@pytest.mark.parametrize(("texts", "shown"), [(1, False), (5, False), (6, True)])
+def test_a_few_texts_that_all_rise_show_no_forgetting(texts, shown):
+    old, new = (
+        GeneralScore("mine", np.full(texts, loss), np.ones(texts, np.int64), None) for loss in (1.0, 2.0)
+    )
+    (found,) = compare_scores([old], [new], arm="full", seed=0)
+    assert (found.general_loss_change.interval[0] > 0) == shown

@@ -65,6 +65,15 @@ def test_rates_that_the_user_named_are_all_there_is():
     result = sweep("full", [1e-5, 1e-4], 300, 3.0, bowl(1.0, log), grows=False)
     assert result.learning_rate == 1e-4
     assert {rate for _, rate, _ in log} == {1e-5, 1e-4}
+    assert result.at_edge  # a better one may lie beyond, whoever drew the edge
+
+
+def test_the_edge_is_that_of_the_rate_which_was_chosen():
+    def turns(number: int, rate: float, _steps: int) -> float:
+        return abs(math.log(rate / (2.5 if number == 0 else 4.0)))
+
+    assert sweep("full", [1.0, 2.0, 4.0], 300, 3.0, turns).at_edge
+    assert not sweep("full", [1.0, 2.0, 4.0], 300, 3.0, lambda _n, rate, _s: abs(math.log(rate / 2))).at_edge
 
 
 def test_one_rate_is_not_trained_for():
@@ -84,3 +93,34 @@ def test_the_choice_is_the_best_of_those_tried(best, steps, budget, middle):
     tried = [p for p in result.points if p.round == 0]
     assert result.learning_rate == min(tried, key=lambda p: (p.eval_loss, p.learning_rate)).learning_rate
     assert all(1 <= p.steps <= steps for p in result.points)
+
+
+def test_rates_that_diverge_only_in_long_runs_leave_the_best_below_them():
+    # In a short round the high rates look best; in the next all that are left diverge.
+    def train(number: int, rate: float, _steps: int) -> float | None:
+        return 1 / rate if number == 0 or rate < 3e-4 else None
+
+    result = sweep("full", rate_grid(1e-4), 300, 3.0, train, grows=False)
+    assert result.learning_rate == 1e-4
+    assert [p.learning_rate for p in result.points if p.round == 0 and p.kept] == [1e-4, 3.2e-4, 1e-3]
+    gone = sweep("full", rate_grid(1e-4), 300, 3.0, lambda n, _r, _s: None if n else 1.0, grows=False)
+    assert gone.learning_rate is None  # none lies below the lowest that diverged
+
+
+def test_a_rate_that_was_let_go_is_marked_where_it_got_to():
+    def train(number: int, rate: float, _steps: int) -> float | None:
+        return 1 / rate if number == 0 else None
+
+    result = sweep("full", rate_grid(1e-4), 300, 3.0, train, grows=False)
+    assert result.learning_rate == 3.2e-5
+    (point,) = [p for p in result.points if p.learning_rate == 3.2e-5]
+    assert (point.round, point.kept) == (0, True)
+
+
+def test_points_tell_the_steps_that_were_trained():
+    log: list[tuple[int, float, int]] = []
+    result = sweep(
+        "lora", [1e-5, 1e-4], 300, 3.0, bowl(1e-4, log), grows=False, possible=lambda steps: steps // 70 * 70
+    )
+    assert [s for _, _, s in log] == [280, 280]
+    assert {p.steps for p in result.points} == {280}

@@ -12,7 +12,7 @@ import pytest
 from comparison_records import record
 from tunesmith.comparison.plots import plots, rate_text
 from tunesmith.comparison.record import Arm, Difference, SampleAnswers, Verdict, from_json, to_json
-from tunesmith.comparison.report_html import html_page, write_html
+from tunesmith.comparison.report_html import _differences, html_page, write_html
 from tunesmith.errors import OutputError
 
 HOSTILE = '</pre></main><script>alert(1)</script><img src=x onerror="alert(2)"> & {{ 7 * 7 }} \x1b[31m'
@@ -288,3 +288,10 @@ def test_it_is_written_whole_or_named_as_not(tmp_path, text):
         OutputError, match=r"taken: could not be saved .*; free space or choose another folder"
     ):
         write_html(record(), tmp_path / "taken")
+
+
+def test_intervals_wider_than_95_per_cent_are_said_to_be():
+    wide = dataclasses.replace(record().differences[0], confidence=1 - 0.05 / 3)
+    assert _differences(record(differences=(wide,)), {}).head[3] == "98.3 % interval"
+    plain = dataclasses.replace(wide, confidence=0.95)
+    assert _differences(record(differences=(plain,)), {}).head[3] == "95 % interval"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.comparison.record import Advice, Arm, ArmSummary, Difference, Estimate, Forgetting
-from tunesmith.comparison.verdict import decide
+from tunesmith.comparison.verdict import decide, undecided
 
 ARMS = (Arm("full", "full-parameter", "full", None), Arm("lora", "LoRA", "lora", {"r": 8}))
 FULL = ArmSummary(
@@ -81,6 +81,10 @@ def test_one_seed_is_said_to_be_one():
     assert "1 seed each, so other seeds are not covered" in verdict.headline
 
 
+def test_one_row_is_said_to_be_one():
+    assert " on your one row (" in decide(ARMS, (FULL, LORA), (replace(METRIC, rows=1),)).headline
+
+
 def test_what_was_not_measured_is_not_spoken_of():
     bare = replace(FULL, peak_memory_bytes=None, checkpoint_bytes=None, training_seconds=None)
     verdict = decide(ARMS, (bare, replace(bare, arm="lora")), (METRIC,))
@@ -142,3 +146,48 @@ def test_a_named_winner_is_the_one_the_numbers_name(a, b, lower):
     second_wins = low > 0 if lower else high < 0
     assert sentence.startswith("full-parameter is better") == first_wins
     assert sentence.startswith("LoRA is better") == second_wins
+
+
+def test_failed_runs_are_said_to_stand_in_no_number():
+    verdict = decide(ARMS, (replace(FULL, failed_runs=1), LORA), (METRIC,))
+    assert "1 of 4 runs of full-parameter failed and stand in no number" in verdict.sentences
+    assert not any("runs of LoRA" in sentence for sentence in verdict.sentences)
+
+
+def test_an_arm_that_never_ended_well_leaves_nothing_to_compare():
+    verdict = undecided(ARMS, (replace(FULL, seeds=(), failed_runs=2), LORA))
+    assert verdict.headline == "nothing can be compared: no run of full-parameter ended well"
+    assert verdict.sentences == ("2 of 2 runs of full-parameter failed and stand in no number",)
+    assert undecided(ARMS, ()).headline.endswith("no run of full-parameter and none of LoRA ended well")
+    assert undecided(ARMS, (FULL, LORA)).headline.endswith("no two arms share a seed")
+
+
+def test_of_three_arms_the_one_that_nobody_beats_is_advised_for_one_model():
+    arms = (*ARMS, Arm("lora:r=2", "LoRA, r 2", "lora", {"r": 2}))
+    found = (
+        replace(METRIC, value=0.2, interval=(0.1, 0.3)),
+        replace(METRIC, first="lora", second="lora:r=2", value=0.2, interval=(0.1, 0.3)),
+        replace(METRIC, second="lora:r=2"),
+    )
+    advice = {a.use: a for a in decide(arms, (FULL, LORA), found).advice}
+    assert advice["maximum quality"].arm is None
+    assert advice["one model"] == Advice(
+        "one model", "full", "full-parameter alone is not shown to be worse than another"
+    )
+
+
+def test_the_reference_leads_wherever_it_stands_among_the_arms():
+    arms = (ARMS[1], Arm("lora:r=2", "LoRA, r 2", "lora", {"r": 2}), ARMS[0])
+    found = (
+        replace(METRIC, first="lora", second="lora:r=2"),
+        replace(METRIC, first="lora", second="full"),
+        replace(METRIC, first="lora:r=2", second="full"),
+    )
+    verdict = decide(arms, (FULL, LORA, replace(LORA, arm="lora:r=2", peak_memory_bytes=205)), found)
+    assert verdict.headline.startswith(
+        "no difference in exact match shown between LoRA and full-parameter on "
+    )
+    assert verdict.headline.endswith("LoRA used 41 % of the memory and 1/70 of the disk of full-parameter")
+    assert verdict.sentences[1].startswith("no difference in exact match shown between LoRA, r 2 and full")
+    assert "LoRA, r 2 used 20 % of the memory and 1/70 of the disk of full-parameter" in verdict.sentences
+    assert "LoRA, r 2 used 50 % of the memory and 100 % of the disk of LoRA" in verdict.sentences

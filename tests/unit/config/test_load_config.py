@@ -197,6 +197,12 @@ def test_a_name_that_is_no_file(tmp_path, monkeypatch):
     name = SHIPPED[0].name
     wrong = name.replace(".yaml", "r.yaml")
     assert fault(wrong) == f"{wrong}: no such configuration file; closest shipped file is {name}"
+
+
+def test_the_text_of_a_file_in_place_of_its_name_is_refused() -> None:
+    text = fault("model_id: m\n" * 40)
+    assert text.startswith('"model_id: m\\nmodel_id: m')
+    assert text.endswith("…: is no name of a file; give the path of a YAML file")
     assert "shipped files: " in fault("zzzz")
     assert fault("sub/c.yaml").startswith("sub/c.yaml: cannot be read (No such file")
 

@@ -61,7 +61,7 @@ def test_no_meaning_is_kept_for_a_setting_that_is_gone() -> None:
         "| `optimizer.adam_betas` | list of 2 numbers | decay of the two moments "
         "| `[0.9, 0.999]`: AdamW's usual values |",
         "| `optimizer.adam_epsilon` | number (> 0) | added to the denominator | `1e-8`: AdamW's usual value |",
-        "| `train_batch_size_per_device` | whole number (> 0) or `auto` | rows of a batch | `auto`: 8 rows a step |",
+        "| `train_batch_size_per_device` | whole number (> 0) or `auto` | rows of a batch | `auto`: 8 rows |",
         "| `generation_config.stopping_sequences` | list of texts | further texts that end an answer "
         "| `[]`: the model's own end-of-turn token |",
     ],

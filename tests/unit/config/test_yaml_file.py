@@ -1,6 +1,7 @@
 """YAML as people mean it: numbers of YAML 1.2, the line of every key, faults that name their line."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -97,6 +98,13 @@ def test_every_key_has_its_line():
         ("a:\n  true: x\n", "f line 2: a setting's name is not text"),
         ("? [a, b]\n: x\n", "f line 1: a setting's name is not text"),
         ("a: &a [*a]\n", "f: is nested more than 50 levels deep"),
+        (
+            "a: &a ["
+            + "x, " * 9
+            + "]\n"
+            + "".join(f"{one}: &{one} [{', '.join(['*' + to] * 9)}]\n" for to, one in pairwise("abcdefghij")),
+            "f: has more than 100,000 values with those that aliases repeat",
+        ),
         ("a: " + "[" * 60 + "]" * 60, "f: is nested more than 50 levels deep"),
         ("a: " + "[" * 1_000, "f: not valid YAML"),
         ("a: " + "1" * 5000, "f: not valid YAML"),

@@ -208,4 +208,4 @@ def test_refused_urls(store, name, says):
 
 
 def test_url_of_an_unknown_or_uninstalled_kind():
-    assert "nosuch://bucket/a.jsonl: cannot be read" in refusal("nosuch://bucket/a.jsonl")
+    assert "nosuch://bucket/a.jsonl: no store is known by nosuch://" in refusal("nosuch://bucket/a.jsonl")

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.data.problems import Problem, ProblemList, closest, printable, shorten
-from tunesmith.errors import DataError
+from tunesmith.data.problems import Problem, ProblemList, closest, shorten
+from tunesmith.errors import ConfigError, DataError, printable, shown_value
 
 
 def test_shorten_cuts_around_the_place_and_escapes():
@@ -19,6 +19,18 @@ def test_shortened_text_is_always_short_and_printable(text, at):
     assert shorten(text, at).isprintable()
     assert len(shorten(text, at)) <= 62
     assert printable(text).isprintable()
+
+
+@given(st.text(st.characters(exclude_categories=())), st.text(st.characters(exclude_categories=())))
+def test_an_error_is_one_line_whatever_a_file_holds(key, value):
+    """A next line, a line separator or a terminal's C1 escape in a file stays out of the message."""
+    error = str(ConfigError("a.yaml line 1", f"{key!r} is {shown_value(value)}", "change it"))
+    assert len(error.splitlines()) == 1
+    assert error.isprintable()
+
+
+def test_an_error_keeps_the_lines_of_its_list_and_escapes_what_a_file_wrote():
+    assert str(ConfigError("", "a: \x85\nb: \u2028\x9b31m")) == "a: \\x85\nb: \\u2028\\x9b31m"
 
 
 def test_closest_ignores_case_and_stays_fast_on_long_names():

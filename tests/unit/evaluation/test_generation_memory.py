@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tiny_models import tiny_model
 from tunesmith.evaluation.generation_memory import ModelSizes, generation_bytes, sizes_of
 
@@ -14,6 +16,11 @@ def test_one_prompt_counted_by_hand():
     assert generation_bytes(SIZES, [7], 2) == 4 * (2 * 3 * 4 * 7 + 7 * 214)
     # Long answers: the cache of 207 places, a copy of a layer's for all heads of queries, the logits of one token.
     assert generation_bytes(SIZES, [7], 200) == 4 * (2 * 3 * 4 * 207 + 2 * 12 * 207 + 50)
+
+
+def test_of_many_prompts_the_cache_holds_all_and_a_pass_takes_a_part():
+    # 5 rows of 403 places in the cache, filled up to 400; 1,024 tokens at once are 2 rows of 400.
+    assert generation_bytes(SIZES, [400] * 5, 3) == 4 * (2 * 3 * 4 * 5 * 400 + 800 * 214)
 
 
 def test_the_batch_that_takes_most_counts():
@@ -37,7 +44,9 @@ def test_sizes_of_a_model():
 
 
 PROCESS = """
+import sys
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, AutoModelForCausalLM
 from tunesmith.evaluation.generate import generate_greedy
 from tunesmith.evaluation.generation_memory import generation_bytes, sizes_of
@@ -46,6 +55,8 @@ from tunesmith.training.loop import peak_memory_bytes
 
 model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=4000, hidden_size=256, intermediate_size=768,
     num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2), dtype=torch.float32)
+if "adapter" in sys.argv:
+    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
 prompts = [[7 + (row + place) % 3000 for place in range(120)] for row in range(48)]
 ask = dict(stop_token_ids=[], pad_token_id=0)
 generate_greedy(model, [prompts[0][:4]], max_new_tokens=2, **ask)
@@ -55,8 +66,9 @@ print(resident + generation_bytes(sizes_of(model), [120] * 48, 24), peak_memory_
 """
 
 
-def test_the_predicted_peak_is_that_of_a_real_process():
-    done = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("kind", ["base", "adapter"])
+def test_the_predicted_peak_is_that_of_a_real_process(kind: str):
+    done = subprocess.run([sys.executable, "-c", PROCESS, kind], capture_output=True, text=True, check=True)
     predicted, measured = map(int, done.stdout.split()[-2:])
     assert measured < predicted * 1.05
     assert predicted < measured * 1.10

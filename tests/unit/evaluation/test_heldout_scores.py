@@ -26,6 +26,16 @@ def test_values_in_between_get_a_bootstrap_interval():
     assert score == score_answers(["x", "x", "x"], ["x", "x y", "y"], "token_f1", seed=0)
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_rows_of_one_value_are_no_certainty(rows):
+    # F1 of "x" against "x y": 2/3. Wilson's bounds solve (p - b)^2 = z^2 b (1 - b) / n.
+    low, high = score_answers(["x"] * rows, ["x y"] * rows, "token_f1", seed=0).interval
+    for bound in (low, high):
+        assert (2 / 3 - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / rows, rel=1e-5)
+    assert low < 2 / 3 < high
+    assert score_answers(["x"] * rows, ["x"] * rows, "token_f1", seed=0).interval[1] == 1.0
+
+
 def test_one_row_and_the_order_of_rows():
     score = score_answers(["a", "b"], ["b", "b"], "label_accuracy", seed=0)
     assert score.per_row == (0.0, 1.0)

@@ -18,7 +18,9 @@ from tunesmith.models.lora import (
     save_adapter,
     without_fresh_adapter,
 )
-from tunesmith.models.method import count_parameters, restore, trainable_parameters
+from tunesmith.models.method import count_parameters, read_trained, trainable_parameters
+from tunesmith.training.state import named_trainable
+from tunesmith.training.workers import write
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
 SETTINGS: list[dict] = [
@@ -145,26 +147,27 @@ def test_a_pickled_adapter_is_never_opened(tmp_path: Path):
         continue_adapter(tiny_model(), tmp_path, trainable=False)
 
 
-def test_restore_brings_a_checkpoint_back(tmp_path: Path):
-    model = tuned(tiny_model())
+@pytest.mark.parametrize("extra", SETTINGS, ids=str)
+def test_a_checkpoint_is_read_into_the_tensors_that_were_trained(tmp_path: Path, extra: dict):
+    model = tuned(tiny_model(), **extra)
     wanted = logits(model)
     save_adapter(model, tmp_path, "b")
     with torch.no_grad():
         for parameter in trainable_parameters(model):
             parameter.zero_()
-    restore(model, "lora", tmp_path)
+    write(named_trainable(model), read_trained(model, "lora", tmp_path))
     assert torch.equal(logits(model), wanted)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_restore_brings_all_weights_back(tmp_path: Path, tied: bool):
+def test_all_weights_are_read(tmp_path: Path, tied: bool):
     model = tiny_model(tied=tied)
     wanted = logits(model)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    restore(model, "full", tmp_path)
+    write(named_trainable(model), read_trained(model, "full", tmp_path))
     assert torch.equal(logits(model), wanted)
 
 

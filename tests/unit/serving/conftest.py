@@ -1,12 +1,14 @@
-"""One server for the tests that change nothing in it."""
+"""Tiny bases and adapters; one server for the tests that change nothing in it, and servers of several bases."""
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import openai
 import pytest
 
+from bases_parts import Made, Several, Start, make_bases, serving
 from serving_parts import Served, save_adapter, save_base, served
 
 
@@ -37,3 +39,20 @@ def server(
 def client(server: Served) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def made(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Bases, a checkpoint and adapters on them, to be copied into loading paths."""
+    return make_bases(tmp_path_factory.mktemp("several"), base_folder)
+
+
+@pytest.fixture
+def start(made: Made, tmp_path: Path) -> Iterator[Start]:
+    """(names of given bases, limit) -> a server of them, with an empty loading path."""
+    with ExitStack() as stack:
+
+        def begin(*names: str, limit: int | None = None) -> Several:
+            return stack.enter_context(serving(made, names, limit, tmp_path / "root"))
+
+        yield begin

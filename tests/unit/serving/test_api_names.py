@@ -11,7 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from serving_parts import PlainEngine, Served, served
+from serving_parts import PlainEngine, Served, resolve, served
+from tiny_models import chatml_tokenizer
+from tunesmith.serving import registry
 from tunesmith.serving.faults import Refusal
 from tunesmith.serving.security import Keys
 
@@ -68,13 +70,13 @@ def test_what_was_seen_is_believed_for_a_while(live: Served, adapters: dict[str,
     assert len(registry.listed()) == 1
     shutil.copytree(adapters["red"], live.root / "red")
     assert len(registry.listed()) == 1
-    version = registry.resolve("red")
+    version = resolve(live.service, "red")
     shutil.rmtree(live.root / "red")
     clock[0] = 0.9
-    assert registry.resolve("red") is version
+    assert resolve(live.service, "red") is version
     clock[0] = 1.0
     with pytest.raises(Refusal, match="does not exist"):
-        registry.resolve("red")
+        resolve(live.service, "red")
     assert live.engine.loads == {}
 
 
@@ -92,11 +94,10 @@ def test_a_warm_name_reads_no_file(
     live: Served, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(adapters["red"], live.root / "red")
-    registry = live.service.registry
-    version = registry.resolve("red")
+    version = resolve(live.service, "red")
     monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("read a file"))
     monkeypatch.setattr(live.engine, "load", lambda _: pytest.fail("loaded again"))
-    assert registry.resolve("red") is version
+    assert resolve(live.service, "red") is version
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_a_name_cannot_leave_the_root(live: Served, adapters: dict[str, Path], n
     shutil.copytree(adapters["red"], live.root.parent / "outside")
     shutil.copytree(adapters["red"], live.root / ".hidden")
     with pytest.raises(Refusal) as refused:
-        live.service.registry.resolve(name)
+        resolve(live.service, name)
     assert refused.value.status == 404
     assert admin(live, "load", lora_name="x", lora_path=name).status_code in (400, 404)
     with pytest.raises(LookupError):
@@ -207,6 +208,44 @@ def test_what_was_unloaded_stays_so_until_loaded_or_changed(live: Served, adapte
     assert ask(live, "red") != before
 
 
+@pytest.mark.parametrize("name", ["red", "tiny:red"])
+def test_what_is_loaded_again_goes_by_all_its_names_again(
+    live: Served, adapters: dict[str, Path], name: str
+) -> None:
+    shutil.copytree(adapters["red"], live.root / "red")
+    before = ask(live, "red")
+    admin(live, "unload", lora_name="red")
+    assert admin(live, "load", lora_name=name).status_code == 200
+    assert ask(live, "red") == ask(live, "tiny:red") == before
+    assert listed(live) == ["tiny", "red"]
+
+
+def test_what_an_administrator_has_loaded_is_not_forgotten_for_others(
+    live: Served, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("red", "green", "blue"):
+        shutil.copytree(adapters[name], live.root / name)
+    monkeypatch.setattr(registry, "MAX_LISTED", 2)
+    assert admin(live, "load", lora_name="prod", lora_path="red").status_code == 200
+    answers = {name: ask(live, name) for name in ("red", "green", "blue")}
+    assert ask(live, "prod") == answers["red"]
+    assert len(live.service.registry._names.entries) == 2
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json", "special_tokens_map.json"])
+def test_a_change_in_how_a_model_speaks_is_a_new_version(
+    live: Served, adapters: dict[str, Path], file: str
+) -> None:
+    shutil.copytree(adapters["red"], live.root / "red")
+    chatml_tokenizer().save_pretrained(live.root / "red")
+    (live.root / "red" / "generation_config.json").write_text('{"eos_token_id": 2}')
+    (live.root / "red" / "special_tokens_map.json").write_text("{}")
+    before = resolve(live.service, "red")
+    assert resolve(live.service, "red") is before
+    (live.root / "red" / file).write_text((live.root / "red" / file).read_text() + " ")
+    assert resolve(live.service, "red") is not before
+
+
 @pytest.mark.parametrize("route", ["load", "unload"])
 @pytest.mark.parametrize(
     "body",
@@ -230,7 +269,7 @@ def test_answers_go_on_while_their_adapter_is_replaced(
         with server.client() as http, http.stream("POST", "/v1/completions", json=body) as reply:
             shutil.rmtree(tmp_path / "a")
             shutil.copytree(adapters["green"], tmp_path / "a")
-            server.service.registry.resolve("a")
+            resolve(server.service, "a")
             engine.gate.set()
             lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
         said = "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])

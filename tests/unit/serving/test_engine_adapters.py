@@ -106,7 +106,9 @@ def test_a_hundred_loads_and_unloads_leave_no_tensor_behind(shared, base, tmp_pa
     before = tensors()
     for _ in range(50):
         cycle()
-    assert tensors() <= before + 5  # one adapter of this base has more than 30
+    # One adapter of this base has more than 30, so 100 left behind would be 3,000; what other tests of the process
+    # started may make a few.
+    assert tensors() < before + 30
     assert shared.facts().adapter_bytes == 0
 
 

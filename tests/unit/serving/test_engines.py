@@ -156,7 +156,7 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path):
 
 def test_both_engines_take_no_more_than_one_and_tickets_are_not_mixed_up(tmp_path):
     base = save_base(tmp_path / "base")
-    engine = open_engine(base, EngineSettings(running=1, waiting=2))
+    engine = open_engine(base, EngineSettings(running=2, waiting=1))
     dora = engine.load(save_any(base, tmp_path / "dora", use_dora=True))
     go = threading.Event()
     started = [threading.Event(), threading.Event()]
@@ -181,5 +181,49 @@ def test_both_engines_take_no_more_than_one_and_tickets_are_not_mixed_up(tmp_pat
         engine.cancel(ticket)
     go.set()
     assert len(last.ids()) == 4
+    assert engine.facts().running == 0
+    engine.close()
+
+
+def test_both_engines_together_run_no_more_than_one_may(tmp_path):
+    base = save_base(tmp_path / "base")
+    engine = open_engine(base, EngineSettings(running=2, waiting=8))
+    dora = engine.load(save_any(base, tmp_path / "dora", use_dora=True))
+    seen: list[int] = []
+    ended = threading.Semaphore(0)
+
+    def look(token):
+        seen.append(engine.facts().running)
+        if token.finish:
+            ended.release()
+
+    for number in range(8):
+        engine.submit(prompt(3), dora if number % 2 else None, Sampling(12, temperature=0.0), look)
+    assert all(ended.acquire(timeout=30) for _ in range(8))
+    assert len(seen) == 8 * 12
+    assert max(seen) == 2
+    engine.close()
+
+
+def test_a_place_goes_to_whoever_waited_longest_for_it(tmp_path):
+    base = save_base(tmp_path / "base")
+    engine = open_engine(base, EngineSettings(running=1, waiting=8))
+    dora = engine.load(save_any(base, tmp_path / "dora", use_dora=True))
+    order: list[int] = []
+    ended = threading.Semaphore(0)
+
+    def deliver(number: int):
+        def note(token):
+            if token.finish:
+                order.append(number)
+                ended.release()
+
+        return note
+
+    models = [None, dora, dora, None, None, dora, None]
+    for number, key in enumerate(models):
+        engine.submit(prompt(3), key, Sampling(5, temperature=0.0), deliver(number))
+    assert all(ended.acquire(timeout=30) for _ in models)
+    assert order == list(range(len(models)))
     assert engine.facts().running == 0
     engine.close()

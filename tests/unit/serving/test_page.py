@@ -1,6 +1,5 @@
 """The page's three files, and what ``GET /v1/models/{name}`` tells of a model."""
 
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ import openai
 import pytest
 from setuptools import build_meta
 
+from page_parts import report
 from serving_parts import Served, served
 from tunesmith.checkpoints.manifest import (
     BaseWeights,
@@ -28,14 +28,11 @@ from tunesmith.checkpoints.manifest import (
 )
 from tunesmith.serving.model_cards import MAX_FILE_BYTES, MAX_GENERATIONS, card_of
 from tunesmith.serving.security import Keys
-from tunesmith.tracking.events import RunRecord, Score
-from tunesmith.tracking.jsonl import plain
+from tunesmith.tracking.events import Score
 
 PAGE = files("tunesmith.serving").joinpath("page")
 PATHS = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
 RUN = "tiny-lora-20260101-000000-aaaaa"
-BEFORE = Score(100, 4.75, 115.5843, "record_match", 0.0, (0.0, 0.037))
-AFTER = Score(100, 0.0522, 1.0536, "record_match", 0.64, (0.5424, 0.7273))
 
 
 # The files
@@ -181,15 +178,6 @@ def trained(
     write_manifest(best, replace(manifest, **more))
     (outputs / run / "report.json").write_text(report(run, tag))
     return Path(shutil.copytree(best, outputs / "lora_fine_tuning" / tag))
-
-
-def report(run: str, tag: str, after: Score = AFTER) -> str:
-    record = RunRecord(
-        run, tag, "lora", "tiny", "instruction_tuning", "finished", 100, 2, 400, 1.0, None, 1, 1, None, None, 1,
-        None, 1, 2, None, None, 0.0572, None, BEFORE, after, (), {}, {}, {},
-    )  # fmt: skip
-
-    return json.dumps(plain(record))
 
 
 def test_a_card_has_lineage_and_scores(outputs: Path, base_folder: Path) -> None:

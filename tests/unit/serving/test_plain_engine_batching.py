@@ -91,8 +91,14 @@ def test_adapters_take_turns_whatever_the_number_of_their_requests(base, tmp_pat
     engine = PlainEngine(base, EngineSettings(running=8))
     keys = [engine.load(save_lora(base, tmp_path / str(seed), seed)) for seed in range(3)]
     order: list[int] = []
-    gate = threading.Event()
-    engine.submit(prompt(3), None, Sampling(1), lambda _: gate.wait(30))  # all are there before they begin
+    begun, gate = threading.Event(), threading.Event()
+
+    def held(_token):
+        begun.set()
+        gate.wait(30)
+
+    engine.submit(prompt(3), None, Sampling(1), held)  # all are there before they begin
+    assert begun.wait(30)
     done = threading.Semaphore(0)
 
     def counted(adapter: int):

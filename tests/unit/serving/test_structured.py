@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from tunesmith.models.stops import Stops
 from tunesmith.serving.chat import Voice
 from tunesmith.serving.engine import CpuEngine
 from tunesmith.serving.faults import Refusal
-from tunesmith.serving.structured import MAX_SCHEMA_CHARACTERS, constraint_for, json_form
+from tunesmith.serving.seam import EngineError
+from tunesmith.serving.structured import MAX_SCHEMA_CHARACTERS, Begin, Held, constraint_for, json_form
 
 TOKENIZER = chatml_tokenizer()
 END, OTHER_END = TOKENIZER.eos_token_id, TOKENIZER.convert_tokens_to_ids("<|endoftext|>")
@@ -283,3 +285,88 @@ def test_a_bad_schema_by_http_names_its_place(http: httpx.Client) -> None:
     error = reply.json()["error"]
     assert (reply.status_code, error["param"], error["code"]) == (400, "response_format", "invalid_schema")
     assert error["message"].startswith("response_format.json_schema.schema.properties.a: ")
+
+
+# Schemas that would take for ever
+
+
+MERGED = {"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 991}]}
+REFERRED = {
+    "$defs": {"n": {"type": "integer", "multipleOf": 9_973}},
+    "properties": {f"p{n}": {"$ref": "#/$defs/n", "minimum": n} for n in range(500)},
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"type": "integer", "multipleOf": 1_000_003}, "multipleOf"),
+        ({"properties": {f"p{n}": {"type": "integer", "multipleOf": 9_973 - n} for n in range(20)}}, "multipleOf"),
+        ({"items": {"type": "number", "multipleOf": 0.1234567}}, "multipleOf"),
+        (MERGED, "multipleOf"),
+        (REFERRED, "multipleOf"),
+        ({"patternProperties": {f"^{n}x*$": {} for n in range(2_500)}}, "patternProperties"),
+        ({"type": "integer", "minimum": -(10**400)}, "a number in it is too large"),
+    ],
+)  # fmt: skip
+def test_a_schema_that_would_take_for_ever_is_refused_at_once(schema: dict[str, Any], said: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(Refusal, match=said) as refused:
+        held_to(schema)
+    assert (refused.value.status, refused.value.code) == (400, "invalid_schema")
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "number", "multipleOf": 0.01},
+        {"type": "integer", "multipleOf": 1_000},
+        {"allOf": [{"type": "integer", "multipleOf": 4}, {"multipleOf": 6}]},
+        {"type": "object", "patternProperties": {f"^{n}_": {} for n in range(20)}},
+        {"properties": {"multipleOf": {"type": "string"}, "patternProperties": {"type": "string"}}},
+    ],
+)
+def test_what_looks_alike_and_is_small_is_taken(schema: dict[str, Any]) -> None:
+    mask = held_to(schema)().mask()
+    assert 0 < mask.sum() < VOCABULARY  # something can begin such an answer, and not everything
+
+
+def held_to(schema: dict[str, Any]) -> Begin:
+    return constraint_for(json_form(schema, "schema"), VOICE, VOCABULARY, frozenset({END}))
+
+
+# Faults of a matcher
+
+
+class Matcher:
+    """llguidance's, as far as it is used here; ``compute_bitmask`` raises ``fault``."""
+
+    def __init__(self, fault: BaseException | None = None) -> None:
+        self.fault = fault
+
+    def compute_bitmask(self) -> bytes:
+        if self.fault is not None:
+            raise self.fault
+        return b"\xff" * 2
+
+    def is_error(self) -> bool:
+        return False
+
+    def is_accepting(self) -> bool:
+        return True
+
+
+class Panic(BaseException):
+    """As PyO3 raises where Rust gives up: no Exception."""
+
+
+@pytest.mark.parametrize("fault", [ValueError("no such token"), Panic()])
+def test_whatever_a_matcher_raises_ends_its_own_answer_alone(fault: BaseException) -> None:
+    with pytest.raises(EngineError, match="too intricate"):
+        Held(Matcher(fault), 16, 0, frozenset({0})).mask()
+
+
+def test_an_end_that_the_engine_has_no_logit_for_is_no_fault() -> None:
+    mask = Held(Matcher(), 10, 12, frozenset({3, 12})).mask()
+    assert mask.tolist() == [True] * 10

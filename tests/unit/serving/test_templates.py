@@ -84,6 +84,12 @@ def test_a_refusal_keeps_its_words_and_the_worker(workers: TemplateWorkers) -> N
     assert idle(workers) == worker
 
 
+def test_the_words_of_a_refusal_are_bounded(workers: TemplateWorkers) -> None:
+    with pytest.raises(ValueError, match=r"^x+\Z") as refused:
+        rendered(workers, "{{ raise_exception('x' * 1000000) }}")
+    assert len(str(refused.value)) == 2_000
+
+
 def test_keys_are_not_in_the_workers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_API_KEY", "secret")
     workers = TemplateWorkers(1, 5.0)

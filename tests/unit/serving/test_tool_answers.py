@@ -84,6 +84,17 @@ def read(pieces: list[str], style: Any = HERMES, most: int | None = None) -> tup
             '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}',
             (),
         ),
+        # Python reads it as infinity, which JSON cannot say.
+        (
+            '<tool_call>{"name": "f", "arguments": {"a": 1e999}}',
+            '<tool_call>{"name": "f", "arguments": {"a": 1e999}}',
+            (),
+        ),
+        (
+            '<tool_call>{"name": "\\ud800", "arguments": {}}',
+            '<tool_call>{"name": "\\ud800", "arguments": {}}',
+            (),
+        ),
     ],
 )
 @given(data=st.data())

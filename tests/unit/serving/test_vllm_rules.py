@@ -13,8 +13,9 @@ from peft.utils import get_peft_model_state_dict
 from tiny_models import save_tiny_model, tiny_config, tiny_model, write_rows
 from tunesmith.config.load import load_config
 from tunesmith.models.base import BaseFolder
+from tunesmith.planned_adapter import planned
 from tunesmith.serving import plain_adapters
-from tunesmith.serving.findings import Subject, on_disk, planned
+from tunesmith.serving.findings import Subject, on_disk
 from tunesmith.serving.own_rules import SERVED, own_findings
 from tunesmith.serving.vllm_models import EMBEDDINGS_AND_HEAD, LINEAR_ONLY, WITHOUT_ADAPTERS
 from tunesmith.serving.vllm_rules import needed_rank, vllm_findings

@@ -119,6 +119,35 @@ def test_a_full_disk_warns_once_and_does_not_stop_the_run(caplog):
     assert "No space left" in caplog.text
 
 
+def test_what_a_disk_full_for_a_while_did_not_take_comes_later_and_whole(tmp_path, caplog):
+    path = tmp_path / "m.jsonl"
+    sink = JsonlSink(path)
+    sink.emit(Notice("one"))
+
+    class NearlyFull:
+        """Takes 5 bytes of a line, as a file on a full disk."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            return self.file.write(data[:5])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    whole, sink._file = sink._file, NearlyFull(sink._file)
+    sink.emit(Notice("two"))
+    assert [event["message"] for event in read_events(path)] == ["one"]
+    assert path.read_bytes().endswith(b"\n")
+    sink.emit(Notice("three"))
+    sink._file = whole
+    sink.emit(Notice("four"))
+    sink.close()
+    assert [event["message"] for event in read_events(path)] == ["one", "two", "three", "four"]
+    assert len(caplog.records) == 1
+
+
 def test_after_close_nothing_is_written(tmp_path):
     path = tmp_path / "m.jsonl"
     sink = JsonlSink(path)

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 from tunesmith.tracking.events import CheckpointEvent, EpochEvent, Notice
 from tunesmith.tracking.scalars import Scalar, scalars
 
@@ -39,6 +42,25 @@ def test_values_of_a_step_are_its_fields_at_its_step(make):
 
 def test_an_unknown_mfu_is_left_out(make):
     assert "mfu" not in {point.name for point in scalars(make.step(1, mfu=None))}
+
+
+def test_several_workers_add_who_was_slowest_under_the_documented_names(make):
+    told = {
+        "worker_times": (1.0, 3.5, 1.5),
+        "slowest_worker": 1,
+        "slowest_worker_time": 3.5,
+        "mean_worker_time": 2.0,
+    }
+    alone, together = scalars(make.step(1)), scalars(make.step(1, **told))
+    assert together[: len(alone)] == alone
+    assert together[len(alone) :] == [
+        Scalar("slowest_worker", 1.0, 1),
+        Scalar("slowest_worker_time", 3.5, 1),
+        Scalar("mean_worker_time", 2.0, 1),
+    ]
+    page = (Path(__file__).parents[3] / "docs" / "outputs.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| each step, of several workers also \| (.+) \|$", page, re.M)
+    assert re.findall(r"`(\w+)`", row) == [point.name for point in together[len(alone) :]]
 
 
 def test_evaluation_and_epoch(make):

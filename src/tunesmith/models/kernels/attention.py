@@ -1,4 +1,5 @@
-"""Attention of packed rows, forward and backward, as batched products over rows of like length.
+"""Attention of packed rows, forward and backward, as batched products over rows of like length, where ``segments.py``
+has no compiled functions.
 
 A row's token sees the prefix that all rows share and, causally, the row's own tokens. With S = scale Q K' + mask,
 P = softmax(S) and O = P V (Vaswani et al. 2017, arXiv:1706.03762) the gradients are

@@ -4,13 +4,13 @@ The weights stay where they are, in the modules of transformers and PEFT: what i
 whatever trains, restores, merges or switches off an adapter there holds here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from tunesmith.data.packing import PackedBatch
-from tunesmith.models.kernels.arrangement import arrange
+from tunesmith.models.kernels.arrangement import Arrangement, Shape, arrange
 from tunesmith.models.kernels.head import head_losses
 from tunesmith.models.kernels.layer import (
     Dropped,
@@ -25,6 +25,8 @@ from tunesmith.models.kernels.layer import (
 from tunesmith.models.kernels.linear import Linear
 from tunesmith.models.kernels.norm import add_gradient, rms_norm, rms_norm_backward
 from tunesmith.models.kernels.scratch import Scratch
+from tunesmith.models.kernels.segments import Segments, segments
+from tunesmith.native import compiled
 
 Rotary = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -115,7 +117,12 @@ def _state(
 def _tokens(decoder: Decoder, batch: PackedBatch) -> Tokens:
     cos, sin = decoder.rotary(decoder.norm.weight, batch.position_ids[None])
     shapes = {layer.shape for layer in decoder.layers}
-    rows = {shape: arrange(batch.layout, shape, batch.input_ids.device) for shape in shapes}
+    if compiled("training", "attend", "ppppppnnnnnnxpn", decoder.norm.weight):
+        rows: Mapping[Shape, Segments | Arrangement] = {
+            shape: segments(batch.layout, shape) for shape in shapes
+        }
+    else:
+        rows = {shape: arrange(batch.layout, shape, batch.input_ids.device) for shape in shapes}
     return Tokens(rows, cos[0][:, None], sin[0][:, None])
 
 

@@ -3,12 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from tunesmith.data.packing import Layout
 from tunesmith.models.kernels.arrangement import query_blocks, row_batches
 from tunesmith.models.kernels.decoder import Decoder
 from tunesmith.models.kernels.head import chunk_size
 from tunesmith.models.kernels.layer import Layer, saves_probabilities
 from tunesmith.models.kernels.linear import adapter_dropout
+from tunesmith.models.kernels.segments import most_keys, prefix_sums, workspace
+from tunesmith.models.kernels.wide import work_elements
+from tunesmith.native import is_compiled
+
+# What the compiled functions keep in registers.
+_BY_TORCH_ONLY = ("normed", "norm product", "rotary")
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,8 @@ def training_buffers(decoder: Decoder, shape: BatchShape) -> dict[str, int]:
     width = decoder.embeddings.weight.shape[1]
     for name, rows in (("x in", count), ("x kept", kept), ("final", kept), ("dx", kept), ("dhidden", kept)):
         need(name, rows * width)
-    need("normed", kept * width)
-    need("norm product", kept * width)
     need("logits", chunk_size(kept) * len(decoder.head.weight))
+    need("product work", work_elements(chunk_size(kept), width, len(decoder.head.weight)))
     for number, layer in enumerate(decoder.layers):
         slot = number if decoder.saves_activations else 0
         if number < last:
@@ -45,6 +52,9 @@ def training_buffers(decoder: Decoder, shape: BatchShape) -> dict[str, int]:
             need(name, size)
         for name, size in _attention_buffers(layer, shape, slot).items():
             need(name, size)
+    if is_compiled("training"):
+        for name in _BY_TORCH_ONLY:
+            found.pop(name, None)
     queries = len(decoder.layers[last].qkv[0].weight)
     need("attention", count * queries)
     need("dattention of all", count * queries)
@@ -59,10 +69,17 @@ def _layer_buffers(layer: Layer, count: int, kept: int, slot: int) -> dict[str, 
     found = {
         f"qkv {slot}": count * qkv, f"attention {slot}": kept * queries, f"x2 {slot}": kept * width,
         f"gate {slot}": kept * inner, f"up {slot}": kept * inner, "hidden": most, "active": kept * inner,
-        "switched": kept * inner, "dactive": kept * inner, "dhidden": most, "normed": most, "norm product": most,
+        "dup": kept * inner, "dactive": kept * inner, "dhidden": most, "normed": most, "norm product": most,
         "dattention": kept * queries, "dqkv": count * qkv,
         "rotary": count * layer.shape.size * (layer.shape.heads + layer.shape.groups) // 2,
     }  # fmt: skip
+    products = [(count, part) for part in layer.qkv]
+    products += [(kept, part) for part in (layer.output, *layer.gate_up, layer.down)]
+    # Forward, and backward to the input.
+    found["product work"] = max(
+        max(work_elements(rows, *part.weight.shape[::-1]), work_elements(rows, *part.weight.shape))
+        for rows, part in products
+    )
     if adapter_dropout([layer.output]):
         found["seen"] = kept * queries
     return found
@@ -70,6 +87,13 @@ def _layer_buffers(layer: Layer, count: int, kept: int, slot: int) -> dict[str, 
 
 def _attention_buffers(layer: Layer, shape: BatchShape, slot: int) -> dict[str, int]:
     form = layer.shape
+    if is_compiled("training"):
+        threads = torch.get_num_threads()
+        return {
+            "attention work": threads
+            * workspace(most_keys(shape.layout), form, layer.down.weight.element_size()),
+            "prefix sums": threads * prefix_sums(shape.layout.prefix, form),
+        }
     queries, keys, largest, scores = 0, 0, 0, 0
     for batch in row_batches(shape.layout, form):
         rows, length = len(batch.spans), batch.longest

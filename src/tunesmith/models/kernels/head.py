@@ -45,7 +45,7 @@ def head_losses(
         logits = scratch.take("logits", (len(x), len(head.weight)), hidden)
         rate = adapter_dropout([head]) if gradient_scale is not None else 0.0
         dropped = draw_dropped(x.numel(), rate) if rate else None
-        state = project(x, [head], [logits], dropped)
+        state = project(x, [head], [logits], dropped, scratch)
         losses[part] = _to_probabilities(logits, wanted)
         if gradient_scale is not None and dhidden is not None:
             logits.scatter_add_(1, wanted, logits.new_full(wanted.shape, -1.0))

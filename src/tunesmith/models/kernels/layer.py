@@ -16,9 +16,10 @@ from tunesmith.models.kernels.arrangement import Arrangement, Shape
 from tunesmith.models.kernels.attention import attend_rows, attend_rows_backward
 from tunesmith.models.kernels.dropout import draw_dropped
 from tunesmith.models.kernels.linear import AdapterState, Linear, adapter_dropout, project, project_backward
-from tunesmith.models.kernels.norm import rms_norm, rms_norm_backward
+from tunesmith.models.kernels.norm import normed, rms_norm, rms_norm_backward
 from tunesmith.models.kernels.rotary import rotate, rotate_backward
 from tunesmith.models.kernels.scratch import Scratch
+from tunesmith.models.kernels.segments import Segments, attend, attend_backward
 from tunesmith.models.kernels.swiglu import swiglu, swiglu_backward
 
 
@@ -58,7 +59,7 @@ class Tokens:
     """What a layer must know of the flat list: its rows, for each shape of attention, and cos and sin of positions,
     (tokens, 1, head size)."""
 
-    rows: Mapping[Shape, Arrangement]
+    rows: Mapping[Shape, Segments | Arrangement]
     cos: torch.Tensor
     sin: torch.Tensor
 
@@ -119,13 +120,10 @@ def layer_forward(
     inverse = rms_norm(x, layer.attention_norm.weight.detach(), layer.attention_norm.epsilon, hidden)
     sizes = [len(part.weight) for part in layer.qkv]
     qkv = scratch.take(f"qkv {slot}", (count, sum(sizes)), x)
-    qkv_adapter = project(hidden, layer.qkv, qkv.split(sizes, 1), dropped.qkv)
+    qkv_adapter = project(hidden, layer.qkv, qkv.split(sizes, 1), dropped.qkv, scratch)
     rotate(_rotated(qkv, layer.shape), tokens.cos, tokens.sin, scratch)
     attention = scratch.take("attention" if kept is not None else f"attention {slot}", (count, sizes[0]), x)
-    rows, probabilities = tokens.rows[layer.shape], None
-    if saves_probabilities(layer, rows.scores, count):
-        probabilities = scratch.take(f"probabilities {slot}", (rows.scores,), x)
-    attend_rows(qkv, rows, layer.shape, attention, probabilities, scratch)
+    probabilities = _attend(qkv, tokens.rows[layer.shape], layer, attention, slot, scratch)
     x2 = scratch.take(f"x2 {slot}", (len(y), width), x)
     if kept is None:
         x2.copy_(x)
@@ -136,18 +134,18 @@ def layer_forward(
     seen = attention
     if dropped.output is not None:
         seen = scratch.take("seen", tuple(attention.shape), x).copy_(attention)
-    output_adapter = project(seen, [layer.output], [x2], dropped.output, add=True)
+    output_adapter = project(seen, [layer.output], [x2], dropped.output, scratch, add=True)
     hidden = scratch.take("hidden", tuple(x2.shape), x)
     inverse2 = rms_norm(x2, layer.mlp_norm.weight.detach(), layer.mlp_norm.epsilon, hidden)
     gate, up = (
         scratch.take(f"{name} {slot}", (len(x2), len(part.weight)), x)
         for name, part in zip(("gate", "up"), layer.gate_up, strict=True)
     )
-    gate_up_adapter = project(hidden, layer.gate_up, (gate, up), dropped.gate_up)
+    gate_up_adapter = project(hidden, layer.gate_up, (gate, up), dropped.gate_up, scratch)
     active = scratch.take("active", tuple(gate.shape), x)
-    swiglu(gate, up, active, active)
+    swiglu(gate, up, active)
     y.copy_(x2)
-    down_adapter = project(active, [layer.down], [y], dropped.down, add=True)
+    down_adapter = project(active, [layer.down], [y], dropped.down, scratch, add=True)
     return Saved(
         x, kept, inverse, qkv, qkv_adapter, probabilities, attention, output_adapter, x2, inverse2, gate, up,
         gate_up_adapter, down_adapter,
@@ -163,15 +161,15 @@ def layer_backward(
     ``kept``, where it has a buffer of its own. ``input_gradient``: whether anything before the layer is trained.
     """
     x2, gate, up = saved.x2, saved.gate, saved.up
-    active, switched, dactive = (
-        scratch.take(name, tuple(gate.shape), dy) for name in ("active", "switched", "dactive")
+    active, dup, dactive = (
+        scratch.take(name, tuple(gate.shape), dy) for name in ("active", "dup", "dactive")
     )
-    swiglu(gate, up, switched, active)
+    swiglu(gate, up, active)
     project_backward([dy], active, [layer.down], saved.down_adapter, scratch, dactive)
-    swiglu_backward(dactive, gate, up, switched)
+    swiglu_backward(dactive, gate, up, dup)
     dhidden = scratch.take("dhidden", tuple(x2.shape), dy)
     project_backward(
-        (gate, switched), _normed(x2, saved.inverse2, layer.mlp_norm, scratch), layer.gate_up, saved.gate_up_adapter,
+        (gate, dup), _normed(x2, saved.inverse2, layer.mlp_norm, scratch), layer.gate_up, saved.gate_up_adapter,
         scratch, dhidden,
     )  # fmt: skip
     rms_norm_backward(dhidden, x2, saved.inverse2, layer.mlp_norm.weight, dy, scratch)
@@ -183,7 +181,10 @@ def layer_backward(
         dy = _spread(dy, saved.kept, count, "dx of all", scratch)
     dqkv = scratch.take("dqkv", tuple(saved.qkv.shape), dy)
     rows = tokens.rows[layer.shape]
-    attend_rows_backward(dattention, saved.qkv, rows, layer.shape, dqkv, saved.probabilities, scratch)
+    if isinstance(rows, Segments):
+        attend_backward(dattention, saved.qkv, rows, layer.shape, dqkv, scratch)
+    else:
+        attend_rows_backward(dattention, saved.qkv, rows, layer.shape, dqkv, saved.probabilities, scratch)
     rotate_backward(_rotated(dqkv, layer.shape), tokens.cos, tokens.sin, scratch)
     norm_trained = layer.attention_norm.weight.requires_grad
     dhidden = scratch.take("dhidden", tuple(saved.x.shape), dy) if input_gradient or norm_trained else None
@@ -197,14 +198,32 @@ def layer_backward(
     return dy
 
 
+def _attend(
+    qkv: torch.Tensor,
+    rows: Segments | Arrangement,
+    layer: Layer,
+    out: torch.Tensor,
+    slot: int,
+    scratch: Scratch,
+) -> torch.Tensor | None:
+    """Attention into ``out``; the probabilities where they are saved."""
+    if isinstance(rows, Segments):
+        attend(qkv, rows, layer.shape, out, scratch)
+        return None
+    probabilities = None
+    if saves_probabilities(layer, rows.scores, len(qkv)):
+        probabilities = scratch.take(f"probabilities {slot}", (rows.scores,), qkv)
+    attend_rows(qkv, rows, layer.shape, out, probabilities, scratch)
+    return probabilities
+
+
 def _rotated(qkv: torch.Tensor, shape: Shape) -> torch.Tensor:
     """A view of the queries and keys, shape (tokens, heads + groups, size)."""
     return qkv.view(-1, shape.vectors, shape.size)[:, : shape.heads + shape.groups]
 
 
 def _normed(x: torch.Tensor, inverse: torch.Tensor, norm: Norm, scratch: Scratch) -> torch.Tensor:
-    hidden = torch.mul(x, inverse.to(x.dtype), out=scratch.take("hidden", tuple(x.shape), x))
-    return hidden.mul_(norm.weight.detach())
+    return normed(x, inverse, norm.weight.detach(), scratch.take("hidden", tuple(x.shape), x))
 
 
 def _spread(

@@ -14,6 +14,8 @@ import torch
 
 from tunesmith.models.kernels.norm import add_gradient
 from tunesmith.models.kernels.scratch import Scratch
+from tunesmith.models.kernels.thin import drop, expand, outer, shrink
+from tunesmith.models.kernels.wide import product
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def adapter_dropout(group: Sequence[Linear]) -> float:
 
 def project(
     x: torch.Tensor, group: Sequence[Linear], outs: Sequence[torch.Tensor], dropped: torch.Tensor | None,
-    *, add: bool = False,
+    scratch: Scratch, *, add: bool = False,
 ) -> AdapterState:  # fmt: skip
     """Write each layer's output into its ``out``, or add it to what is there.
 
@@ -62,21 +64,17 @@ def project(
         add: add to ``outs``, as for a residual.
     """
     for layer, out in zip(group, outs, strict=True):
-        weight = layer.weight.detach().t()
-        if add:
-            out.addmm_(x, weight)
-        else:
-            torch.mm(x, weight, out=out)
+        product(x, layer.weight.detach().t(), out, scratch, add=add)
         if layer.bias is not None:
             out.add_(layer.bias.detach())
     adapted = [(layer.adapter, out) for layer, out in zip(group, outs, strict=True) if layer.adapter]
     if not adapted:
         return AdapterState(dropped, None)
     stacked = _stack([adapter for adapter, _ in adapted])
-    _drop(x, dropped)
-    z = torch.mm(x, stacked.t())
+    z = x.new_empty(len(x), len(stacked))
+    shrink(x, stacked, z, dropped=dropped)
     for (adapter, out), part in zip(adapted, _parts(z, adapted), strict=True):
-        out.addmm_(part, adapter.b.detach().t(), alpha=_factor(adapter, dropped))
+        expand(part, _turned(adapter.b), out, _factor(adapter, dropped), add=True)
     return AdapterState(dropped, z)
 
 
@@ -97,7 +95,7 @@ def project_backward(
     if dx is None:
         return
     for layer, dy in zip(group, dys, strict=True):
-        dx.addmm_(dy, layer.weight.detach(), beta=1 if begun else 0, alpha=scale)
+        product(dy, layer.weight.detach(), dx, scratch, add=begun, scale=scale)
         begun = True
 
 
@@ -112,21 +110,19 @@ def _adapters_backward(
     dz = torch.empty_like(state.z)
     for (adapter, dy), z, out in zip(adapted, _parts(state.z, adapted), _parts(dz, adapted), strict=True):
         factor = scale * _factor(adapter, state.dropped)
-        # Products with a thin side are fast in these layouts and several times slower in their transposes.
-        out.addmm_(dy, adapter.b.detach().t().contiguous().t(), beta=0, alpha=factor)
+        shrink(dy, _turned(adapter.b), out, factor)
         if adapter.b.requires_grad:
-            add_gradient(adapter.b, torch.mm(z.t(), dy).mul_(factor).t())
+            add_gradient(adapter.b, outer(z, dy).mul_(factor).t())
     adapters = [adapter for adapter, _ in adapted]
     if adapters[0].a.requires_grad:
-        _drop(x, state.dropped)
-        gradient = torch.mm(dz.t(), x)
+        drop(x, state.dropped)
+        gradient = outer(dz, x)
         for adapter, rows in zip(adapters, gradient.split([len(a.a) for a in adapters]), strict=True):
             add_gradient(adapter.a, rows)
     if dx is None:
         return False
     # Before the other products: the mask must not touch theirs.
-    torch.mm(dz, _stack(adapters), out=dx)
-    _drop(dx, state.dropped)
+    expand(dz, _stack(adapters), dx, add=False, dropped=state.dropped)
     return True
 
 
@@ -141,11 +137,6 @@ def add_product(
         parameter.grad.addmm_(a, b, alpha=alpha)
 
 
-def _drop(x: torch.Tensor, dropped: torch.Tensor | None) -> None:
-    if dropped is not None:
-        x.view(-1).index_fill_(0, dropped, 0)
-
-
 def _factor(adapter: Adapter, dropped: torch.Tensor | None) -> float:
     if dropped is None:
         return adapter.scale
@@ -154,6 +145,11 @@ def _factor(adapter: Adapter, dropped: torch.Tensor | None) -> float:
 
 def _stack(adapters: Sequence[Adapter]) -> torch.Tensor:
     return torch.cat([adapter.a.detach() for adapter in adapters])
+
+
+def _turned(b: torch.Tensor) -> torch.Tensor:
+    """``b`` (out, r) as (r, out): thin products are fast in this layout."""
+    return b.detach().t().contiguous()
 
 
 def _parts(z: torch.Tensor, adapted: Sequence[tuple[Adapter, torch.Tensor]]) -> Sequence[torch.Tensor]:

@@ -7,6 +7,7 @@ dx = r * (dn - n * mean(dn * n)) and dw = sum over rows of dh * n.
 import torch
 
 from tunesmith.models.kernels.scratch import Scratch
+from tunesmith.native import compiled
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor) -> torch.Tensor:
@@ -14,6 +15,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.T
 
     As in transformers, a wider type than float32 is narrowed to it for the statistics.
     """
+    if native := compiled("training", "rms_norm", "ppxppnn", x):
+        inverse = torch.empty(len(x), 1)
+        native(x, weight, epsilon, out, inverse, *x.shape)
+        return inverse
     exact = x.to(torch.float32)
     # By the norm: a product of rows by themselves would be a tensor of its own.
     squares = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_()
@@ -24,6 +29,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.T
         out.copy_(exact * inverse)
     out.mul_(weight)
     return inverse
+
+
+def normed(x: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The normed rows again, into ``out``, from what ``rms_norm`` returned."""
+    if native := compiled("training", "normed", "ppppnn", x):
+        native(x, weight, inverse, out, *x.shape)
+        return out
+    return torch.mul(x, inverse.to(x.dtype), out=out).mul_(weight)
 
 
 def rms_norm_backward(
@@ -38,6 +51,15 @@ def rms_norm_backward(
 
     ``dh``, shape (rows, width), is used up.
     """
+    if native := compiled("training", "rms_norm_backward", "pppppnn", x):
+        if weight.requires_grad:
+            gradient = torch.empty_like(weight)
+            of_weight = compiled("training", "rms_norm_weight_gradient", "ppppnn", x)
+            assert of_weight is not None
+            of_weight(dh, x, inverse, gradient, *x.shape)
+            add_gradient(weight, gradient)
+        native(dh, x, inverse, weight, dx, *x.shape)
+        return
     inverse = inverse.to(x.dtype)
     normed = torch.mul(x, inverse, out=scratch.take("normed", tuple(x.shape), x))
     product = torch.mul(dh, normed, out=scratch.take("norm product", tuple(x.shape), x))

@@ -5,15 +5,22 @@ With s = silu(g): du = da * s and dg = da * u * silu'(g).
 
 import torch
 
-
-def swiglu(gate: torch.Tensor, up: torch.Tensor, switched: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """silu(gate) into ``switched`` and silu(gate) * up into ``out``, which may be one; all of one shape."""
-    torch.ops.aten.silu.out(gate, out=switched)
-    return torch.mul(switched, up, out=out)
+from tunesmith.native import compiled
 
 
-def swiglu_backward(da: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, switched: torch.Tensor) -> None:
-    """Turn ``gate`` into its gradient and ``switched``, silu(gate), into that of ``up``; ``da`` is used up."""
-    switched.mul_(da)
+def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
+    """silu(gate) * up into ``out``, contiguous; all of shape (rows, width), gate and up with the same strides."""
+    if native := compiled("training", "swiglu", "ppnpnn", gate):
+        native(gate, up, gate.stride(0), out, *gate.shape)
+        return
+    torch.ops.aten.silu.out(gate, out=out).mul_(up)
+
+
+def swiglu_backward(da: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, dup: torch.Tensor) -> None:
+    """Turn ``gate`` into its gradient and write that of ``up`` into ``dup``; ``da`` is used up. All are contiguous."""
+    if native := compiled("training", "swiglu_backward", "ppppn", gate):
+        native(da, gate, up, dup, gate.numel())
+        return
+    torch.ops.aten.silu.out(gate, out=dup).mul_(da)
     da.mul_(up)
     torch.ops.aten.silu_backward.grad_input(da, gate, grad_input=gate)

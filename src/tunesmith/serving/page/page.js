@@ -6,6 +6,7 @@ const CARDS_AT_A_TIME = 24;
 let apiKey = null; // in this page's memory alone
 let models = [];
 let cardsShown = CARDS_AT_A_TIME;
+let undrawn = []; // models whose cards are not there yet
 let drawing = 0; // number of the latest drawing of the cards; earlier ones stop
 let running = null; // AbortController of the answers that run
 
@@ -216,27 +217,66 @@ async function run(event) {
 
 // ---- Adapters
 
-async function drawCards() {
-  const mine = ++drawing;
+// Full-parameter checkpoints have cards too; bases of the command line have none, which only the server knows.
+function drawCards() {
   const adapters = models.filter((model) => model.parent !== null);
   byId("count").textContent = `${adapters.length} ${adapters.length === 1 ? "adapter" : "adapters"}`;
-  byId("more").hidden = adapters.length <= cardsShown;
-  const boxes = adapters.slice(0, cardsShown).map((model) => {
-    const box = element("article", "", "card");
-    box.append(element("h3", model.id), element("p", "…", "faint"));
-    return [model, box];
-  });
-  byId("cards").replaceChildren(...boxes.map(([, box]) => box));
-  for (const [model, box] of boxes) {
-    if (mine !== drawing) return;
-    try {
-      const path = model.id.split("/").map(encodeURIComponent).join("/");
-      const { card } = await (await ask(`/v1/models/${path}`)).json();
-      box.replaceChildren(element("h3", model.id), ...cardParts(card ?? {}, model));
-    } catch (error) {
-      box.replaceChildren(element("h3", model.id), element("p", error.message, "fault"));
-    }
+  byId("cards").replaceChildren();
+  drawing += 1;
+  undrawn = [...adapters, ...models.filter((model) => model.parent === null)];
+  return addCards(cardsShown);
+}
+
+// Until so many more cards are there. "Show more" appears when they are, and only if there is a card to show.
+async function addCards(room) {
+  const mine = drawing;
+  byId("more").hidden = true;
+  const boxes = new Map();
+  for (const model of undrawn.slice(0, room).filter((model) => model.parent !== null)) {
+    const box = byId("cards").appendChild(cardBox(model));
+    box.append(element("p", "…", "faint"));
+    boxes.set(model, box);
   }
+  let first = null;
+  while (undrawn.length && (room > 0 || undrawn[0].parent === null)) {
+    const model = undrawn[0];
+    const parts = await partsOf(model);
+    if (mine !== drawing) return null;
+    if (parts && room === 0) break;
+    undrawn.shift();
+    if (!parts) continue;
+    const box = boxes.get(model) ?? byId("cards").appendChild(cardBox(model));
+    box.replaceChildren(element("h3", model.id), ...parts);
+    first ??= box;
+    room -= 1;
+  }
+  byId("more").hidden = undrawn.length === 0;
+  return first;
+}
+
+function cardBox(model) {
+  const box = element("article", "", "card");
+  box.append(element("h3", model.id));
+  return box;
+}
+
+// What the card of a model says; null where it has none.
+async function partsOf(model) {
+  try {
+    const path = model.id.split("/").map(encodeURIComponent).join("/");
+    const { card } = await (await ask(`/v1/models/${path}`)).json();
+    return card || model.parent !== null ? cardParts(card ?? {}, model) : null;
+  } catch (error) {
+    return [element("p", error.message, "fault")];
+  }
+}
+
+async function showMore() {
+  cardsShown += CARDS_AT_A_TIME;
+  const first = await addCards(CARDS_AT_A_TIME);
+  if (!first) return;
+  first.tabIndex = -1; // the button that had the focus may be gone
+  first.focus({ preventScroll: true });
 }
 
 function cardParts(card, model) {
@@ -261,7 +301,7 @@ function factsOf(card) {
   if (card.created) facts.push(card.created.slice(0, 10));
   if (card.rank !== null) facts.push(`rank ${card.rank}`);
   if (card.train_rows !== null) facts.push(`${card.train_rows.toLocaleString("en")} training rows`);
-  if (card.epochs !== null) facts.push(`${Number(card.epochs.toFixed(2))} epochs`);
+  if (card.epochs !== null) facts.push(`${Number(card.epochs.toFixed(2))} epoch${card.epochs === 1 ? "" : "s"}`);
   if (card.eval_loss !== null) facts.push(`validation loss ${card.eval_loss.toFixed(4)}`);
   return facts.join(" · ");
 }
@@ -269,7 +309,7 @@ function factsOf(card) {
 function scoresOf(before, after) {
   const table = element("table");
   const head = table.createTHead().insertRow();
-  for (const title of [`${(after ?? before).rows.toLocaleString("en")} held-out rows`, "base", "adapter"]) {
+  for (const title of [`${(after ?? before).rows.toLocaleString("en")} held-out rows`, "base", "this one"]) {
     const cell = element("th", title);
     cell.scope = "col";
     head.append(cell);
@@ -309,10 +349,7 @@ function share(score) {
 byId("ask").addEventListener("submit", run);
 byId("stop").addEventListener("click", () => running?.abort());
 byId("refresh").addEventListener("click", loadModels);
-byId("more").addEventListener("click", () => {
-  cardsShown += CARDS_AT_A_TIME;
-  drawCards();
-});
+byId("more").addEventListener("click", showMore);
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   apiKey = byId("key").value.trim();

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.data.packing import Layout
@@ -18,6 +18,7 @@ from tunesmith.models.kernels.linear import Adapter, Linear, project, project_ba
 from tunesmith.models.kernels.norm import rms_norm, rms_norm_backward
 from tunesmith.models.kernels.rotary import rotate, rotate_backward
 from tunesmith.models.kernels.scratch import Scratch
+from tunesmith.models.kernels.segments import attend, attend_backward, segments
 from tunesmith.models.kernels.swiglu import swiglu, swiglu_backward
 
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def plain_attention(
     return out
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prefix=st.integers(0, 7),
     suffixes=st.lists(st.integers(0, 9), min_size=1, max_size=5),
@@ -56,7 +57,9 @@ def plain_attention(
     block=st.integers(2, 6),
     saves=st.booleans(),
 )
-def test_attention_of_any_rows(prefix: int, suffixes: list[int], window: int | None, block: int, saves: bool):
+def test_attention_of_any_rows(
+    way: str, prefix: int, suffixes: list[int], window: int | None, block: int, saves: bool
+):
     layout = Layout(prefix, tuple(suffixes))
     total = prefix + sum(suffixes)
     if total == 0:
@@ -72,13 +75,13 @@ def test_attention_of_any_rows(prefix: int, suffixes: list[int], window: int | N
     wanted = plain_attention(*leaves, layout, shape)
     wanted.backward(dout)
     out, scratch, qkv = torch.empty_like(q), Scratch(), torch.cat([q, k, v], 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel_arrangement, "QUERY_BLOCK", block)
-        arrangement = arrange(layout, shape, CPU)
-    saved = torch.empty(arrangement.scores, dtype=q.dtype) if saves else None
-    attend_rows(qkv, arrangement, shape, out, saved, scratch)
     dqkv = torch.empty_like(qkv)
-    attend_rows_backward(dout, qkv, arrangement, shape, dqkv, saved, scratch)
+    if way == "compiled":
+        laid_out = segments(layout, shape)
+        attend(qkv, laid_out, shape, out, scratch)
+        attend_backward(dout, qkv, laid_out, shape, dqkv, scratch)
+    else:
+        _attend_by_torch(qkv, dout, layout, shape, block, saves, out, dqkv)
     found = dqkv.split([12, 6, 6], 1)
     assert torch.allclose(out, wanted.detach(), rtol=1e-10, atol=1e-12)
     for mine, leaf in zip(found, leaves, strict=True):
@@ -86,14 +89,78 @@ def test_attention_of_any_rows(prefix: int, suffixes: list[int], window: int | N
         assert torch.allclose(mine, leaf.grad, rtol=1e-10, atol=1e-12)
 
 
+def _attend_by_torch(
+    qkv: torch.Tensor, dout: torch.Tensor, layout: Layout, shape: Shape, block: int, saves: bool,
+    out: torch.Tensor, dqkv: torch.Tensor,
+) -> None:  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_arrangement, "QUERY_BLOCK", block)
+        arrangement = arrange(layout, shape, CPU)
+    saved = torch.empty(arrangement.scores, dtype=qkv.dtype) if saves else None
+    attend_rows(qkv, arrangement, shape, out, saved, Scratch())
+    attend_rows_backward(dout, qkv, arrangement, shape, dqkv, saved, Scratch())
+
+
+@pytest.mark.parametrize("size", [8, 64])
+@pytest.mark.parametrize("layout", [Layout(37, (20, 0, 61, 5)), Layout(0, (3, 90)), Layout(70, ())])
+def test_compiled_attention_does_not_depend_on_threads(way: str, layout: Layout, size: int):
+    if way == "torch":
+        pytest.skip("compiled attention is looked at")
+    shape, total = Shape(6, 3, size, size**-0.5, None), layout.prefix + sum(layout.suffixes)
+    qkv, dout = random(total, shape.vectors * size), random(total, 6 * size, seed=1)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            rows, out, dqkv = segments(layout, shape), torch.empty_like(dout), torch.empty_like(qkv)
+            attend(qkv, rows, shape, out, Scratch())
+            attend_backward(dout, qkv, rows, shape, dqkv, Scratch())
+            found.append((out, dqkv))
+    finally:
+        torch.set_num_threads(before)
+    for out, dqkv in found[1:]:
+        assert torch.equal(out, found[0][0])
+        # Sums over rows that share a prefix are added thread by thread.
+        assert torch.allclose(dqkv, found[0][1], rtol=1e-12, atol=1e-13)
+    q, k, v = (t.clone().requires_grad_() for t in qkv.split([6 * size, 3 * size, 3 * size], 1))
+    wanted = plain_attention(q, k, v, layout, shape)
+    wanted.backward(dout)
+    assert torch.allclose(found[0][0], wanted.detach(), rtol=1e-10, atol=1e-12)
+    assert torch.allclose(found[0][1], torch.cat([q.grad, k.grad, v.grad], 1), rtol=1e-9, atol=1e-11)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(costs=st.lists(st.integers(1, 300), min_size=1, max_size=12), threads=st.integers(1, 5))
+def test_tasks_are_shared_out_whole_and_evenly(costs: list[int], threads: int):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        rows = segments(Layout(0, tuple(costs)), Shape(6, 3, 8, 1.0, None))
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(rows.tasks.tolist()) == list(range(3 * len(costs)))
+    load = [0.0] * threads
+    for task, owner in zip(rows.tasks.tolist(), rows.owners.tolist(), strict=True):
+        load[owner] += costs[task // 3] ** 2 / 2
+    # Graham 1969, "Bounds on Multiprocessing Timing Anomalies": largest first is within a third of the best.
+    least = max(max(costs) ** 2 / 2, sum(3 * cost**2 / 2 for cost in costs) / threads)
+    assert max(load) <= least * 4 / 3 + max(costs) ** 2 / 2
+
+
 def test_swiglu_and_its_gradient():
     gate, up, da = random(5, 7), random(5, 7, seed=1), random(5, 7, seed=2)
-    leaves, switched = [t.clone().requires_grad_() for t in (gate, up)], torch.empty_like(gate)
+    leaves, out, dup = (
+        [t.clone().requires_grad_() for t in (gate, up)],
+        torch.empty_like(gate),
+        torch.empty_like(up),
+    )
     wanted = leaves[0] * torch.sigmoid(leaves[0]) * leaves[1]
     wanted.backward(da)
-    assert torch.allclose(swiglu(gate, up, switched, torch.empty_like(gate)), wanted.detach(), rtol=1e-12)
-    swiglu_backward(da.clone(), gate, up, switched)
-    for mine, leaf in zip((gate, switched), leaves, strict=True):
+    swiglu(gate, up, out)
+    assert torch.allclose(out, wanted.detach(), rtol=1e-12)
+    swiglu_backward(da.clone(), gate, up, dup)
+    for mine, leaf in zip((gate, dup), leaves, strict=True):
         assert leaf.grad is not None
         assert torch.allclose(mine, leaf.grad, rtol=1e-10)
 
@@ -154,7 +221,7 @@ def test_layers_of_a_group_share_a_mask(dropped: list[int] | None):
     outs = [torch.empty(6, 4, dtype=torch.float64), torch.empty(6, 3, dtype=torch.float64)]
     places = None if dropped is None else torch.tensor(dropped)
     scratch = Scratch()
-    state = project(x.clone(), group, outs, places)
+    state = project(x.clone(), group, outs, places, scratch)
     dx = torch.empty_like(x)
     project_backward(dys, x.clone(), group, state, scratch, dx, scale=3.0)
     for mine, theirs in zip([*outs, dx], [*wanted, leaf.grad], strict=True):
