@@ -10,6 +10,7 @@ from tunesmith.assembly import Assembly
 from tunesmith.checkpoints.atomic import write_json
 from tunesmith.checkpoints.store import TRAINING
 from tunesmith.errors import CheckpointError
+from tunesmith.native import identity
 from tunesmith.run_totals import Totals
 from tunesmith.tracking.environment import machine, versions
 
@@ -74,6 +75,7 @@ def environment_of(parts: Assembly) -> dict[str, str]:
         "processor": str(host["processor"]),
         THREADS: str(host["torch_threads"]),
         "blas": str(host["blas"]),
+        "kernels": identity("training"),
         "gpu": str(host["gpu"]),
         GRADIENTS: parts.passes_reason,
         "tokenizer and chat template": parts.text.renderer.identity[:12],

@@ -10,6 +10,7 @@ import tunesmith.run
 import tunesmith.run_open
 from flow_parts import LORA, refused, report
 from resume_parts import interrupted, made
+from tunesmith import native
 from tunesmith.checkpoints.lock import is_locked
 from tunesmith.checkpoints.manifest import read_manifest
 from tunesmith.checkpoints.store import CheckpointStore
@@ -69,6 +70,18 @@ def test_other_instructions_of_the_processor_are_refused(tmp_path, tiny, rows, m
     err = refused(capfd, ["finetune", str(config), "--resume", str(run)])
     assert "blas: " in err
     assert "MKL_CBWR=COMPATIBLE now" in err
+
+
+def test_kernels_that_were_compiled_otherwise_are_refused(tmp_path, tiny, rows, monkeypatch, capfd):
+    if not native.is_compiled("training"):
+        pytest.skip("no C compiler was at hand when tunesmith was installed")
+    config, run = interrupted(tmp_path, tiny, rows, monkeypatch, 2, lora_config=LORA)
+    assert read_manifest(run / "checkpoints" / "step-000002").environment["kernels"].startswith("C, ")
+    monkeypatch.setattr(native, "_library", lambda _name: None)
+    monkeypatch.setattr(native, "_function", lambda *_: None)
+    err = refused(capfd, ["finetune", str(config), "--resume", str(run)])
+    assert "kernels: C, " in err
+    assert "torch now" in err
 
 
 @pytest.mark.parametrize(

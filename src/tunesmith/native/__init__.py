@@ -6,6 +6,7 @@ Threads are torch's own: the libraries have no OpenMP of their own and find the 
 """
 
 import ctypes
+import hashlib
 import sysconfig
 from collections.abc import Callable
 from functools import cache
@@ -45,16 +46,31 @@ def _function(library: str, name: str, kinds: str) -> Callable[..., Any] | None:
     )
 
 
-def compiled(library: str, name: str, kinds: str, like: torch.Tensor) -> Callable[..., Any] | None:
+def compiled(
+    library: str, name: str, kinds: str, like: torch.Tensor | None = None
+) -> Callable[..., Any] | None:
     """A compiled function for the type of ``like``; None where it has none: compute by torch then.
 
     Args:
+        like: None: a function that is the same for every type.
         kinds: of the arguments, one letter each: p a tensor, n a whole number, x another; threads are added. The
             function reads and writes the tensors' memory as it is: pass strides where they are not contiguous.
     """
+    if like is None:
+        return _function(library, name, kinds)
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
         return None
     return _function(library, f"{name}_{'float' if like.dtype == torch.float32 else 'double'}", kinds)
+
+
+def identity(library: str) -> str:
+    """Level and content of what was compiled, or "torch": another compiler may give a sum other last bits."""
+    found = _library(library)
+    if found is None:
+        return "torch"
+    path = Path(found._name)
+    level = path.name.partition(".")[0].removeprefix(f"{library}_")
+    return f"C, {level}, {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
 
 
 def is_compiled(library: str) -> bool:

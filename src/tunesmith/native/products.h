@@ -11,11 +11,16 @@
 #define TILE_VECTORS 1
 #endif
 
+/* By halves: one number after the other would take as long as all multiplications of a tile. */
 static inline REAL NAME(sum_of)(VECTOR v)
 {
-    REAL sum = 0;
-    for (long l = 0; l < LANES; l++)
-        sum += v[l];
+    typedef REAL half __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
+    typedef REAL quarter __attribute__((vector_size(16), aligned(sizeof(REAL)), may_alias));
+    half h = *(half *)&v + *((half *)&v + 1);
+    quarter q = *(quarter *)&h + *((quarter *)&h + 1);
+    REAL sum = q[0] + q[1];
+    for (long l = 2; l < LANES / 4; l += 2)
+        sum += q[l] + q[l + 1];
     return sum;
 }
 
@@ -44,41 +49,37 @@ static inline __attribute__((always_inline)) void NAME(shrink_tile)(
         }
 }
 
-/* Zeros at those of count ascending places of a contiguous matrix that lie in some rows of it. */
-static void NAME(drop)(REAL *x, const long *places, long count, long begin, long end)
+/* Rows begin to end of x, whose rows have width elements, as a contiguous matrix with zeros at the dropped places. */
+static const REAL *NAME(dropped_rows)(const REAL *x, long ldx, const long *dropped, long count, long begin, long end,
+                                      long width, REAL *to)
 {
-    long low = 0, high = count;
-    while (low < high) {
-        long middle = (low + high) / 2;
-        if (places[middle] < begin)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    for (; low < count && places[low] < end; low++)
-        x[places[low]] = 0;
+    for (long i = begin; i < end; i++)
+        memcpy(to + (i - begin) * width, x + i * ldx, (size_t)width * sizeof *to);
+    NAME(drop)(to - begin * width, dropped, count, begin * width, end * width);
+    return to;
 }
 
-/* out (rows, rank) = factor x a'; x (rows, width), a (rank, width). Dropped places of x, where there are any and x is
-   contiguous, become 0 first, while their rows are at hand. */
-void NAME(shrink)(REAL *x, long ldx, const REAL *a, REAL *out, long ldo, long rows, long width, long rank,
+/* out (rows, rank) = factor x a'; x (rows, width), a (rank, width). Dropped places of x, numbered as if its rows stood
+   together, count as 0. */
+void NAME(shrink)(const REAL *x, long ldx, const REAL *a, REAL *out, long ldo, long rows, long width, long rank,
                   double factor, const long *dropped, long count, long threads)
 {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < rows; i += 4) {
-        long j = 0;
-        NAME(drop)(x, dropped, count, i * width, (i + 4) * width);
-        if (i + 4 <= rows) {
+        long end = i + 4 < rows ? i + 4 : rows, ld = count ? width : ldx;
+        REAL copy[count ? 4 * width : 1];
+        const REAL *from =
+            count ? NAME(dropped_rows)(x, ldx, dropped, count, i, end, width, copy) : x + i * ldx;
+        if (i + 4 == end) {
+            long j = 0;
             for (; j + 4 <= rank; j += 4)
-                NAME(shrink_tile)(x + i * ldx, ldx, a + j * width, width, out + i * ldo + j, ldo, width,
-                                  (REAL)factor, 4, 4);
+                NAME(shrink_tile)(from, ld, a + j * width, width, out + i * ldo + j, ldo, width, (REAL)factor, 4, 4);
             for (; j < rank; j++)
-                NAME(shrink_tile)(x + i * ldx, ldx, a + j * width, width, out + i * ldo + j, ldo, width,
-                                  (REAL)factor, 4, 1);
+                NAME(shrink_tile)(from, ld, a + j * width, width, out + i * ldo + j, ldo, width, (REAL)factor, 4, 1);
         } else
-            for (long t = i; t < rows; t++)
-                for (j = 0; j < rank; j++)
-                    NAME(shrink_tile)(x + t * ldx, ldx, a + j * width, width, out + t * ldo + j, ldo, width,
+            for (long t = i; t < end; t++)
+                for (long j = 0; j < rank; j++)
+                    NAME(shrink_tile)(from + (t - i) * ld, ld, a + j * width, width, out + t * ldo + j, ldo, width,
                                       (REAL)factor, 1, 1);
     }
 }

@@ -1,5 +1,20 @@
 /* Row by row: norm, rotation, gated activation. Included once for each REAL. */
 
+/* Zeros at those of count ascending places of a contiguous matrix that lie in some rows of it. */
+static void NAME(drop)(REAL *x, const long *places, long count, long begin, long end)
+{
+    long low = 0, high = count;
+    while (low < high) {
+        long middle = (low + high) / 2;
+        if (places[middle] < begin)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    for (; low < count && places[low] < end; low++)
+        x[places[low]] = 0;
+}
+
 /* out = x r w, r = (mean(x^2) + epsilon)^(-1/2), in float32 as in transformers. */
 void NAME(rms_norm)(const REAL *x, const REAL *w, double epsilon, REAL *out, float *inverse, long rows, long width,
                     long threads)
@@ -20,8 +35,9 @@ void NAME(rms_norm)(const REAL *x, const REAL *w, double epsilon, REAL *out, flo
     }
 }
 
-/* out = x r w with r known. */
-void NAME(normed)(const REAL *x, const REAL *w, const float *inverse, REAL *out, long rows, long width, long threads)
+/* out = x r w with r known, and 0 at dropped places. */
+void NAME(normed)(const REAL *x, const REAL *w, const float *inverse, REAL *out, long rows, long width,
+                  const long *dropped, long count, long threads)
 {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < rows; i++) {
@@ -29,6 +45,7 @@ void NAME(normed)(const REAL *x, const REAL *w, const float *inverse, REAL *out,
 #pragma omp simd
         for (long j = 0; j < width; j++)
             out[i * width + j] = x[i * width + j] * r * w[j];
+        NAME(drop)(out, dropped, count, i * width, (i + 1) * width);
     }
 }
 
@@ -91,8 +108,9 @@ void NAME(rotate)(REAL *heads, long stride, long count, long size, const REAL *c
     }
 }
 
-/* out = silu(gate) up; rows of gate and of up stand stride apart. */
-void NAME(swiglu)(const REAL *gate, const REAL *up, long stride, REAL *out, long rows, long width, long threads)
+/* out = silu(gate) up, and 0 at dropped places; rows of gate and of up stand stride apart. */
+void NAME(swiglu)(const REAL *gate, const REAL *up, long stride, REAL *out, long rows, long width,
+                  const long *dropped, long count, long threads)
 {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < rows; i++) {
@@ -100,6 +118,7 @@ void NAME(swiglu)(const REAL *gate, const REAL *up, long stride, REAL *out, long
 #pragma omp simd
         for (long j = 0; j < width; j++)
             out[i * width + j] = g[j] / (1 + EXP(-g[j])) * u[j];
+        NAME(drop)(out, dropped, count, i * width, (i + 1) * width);
     }
 }
 

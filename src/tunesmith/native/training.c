@@ -6,6 +6,7 @@
 #include <math.h>
 #include <omp.h>
 #include "vectors.h"
+#include "dropout.h"
 
 #define REAL float
 #define VECTOR float_vector

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tunesmith import native
 from tunesmith.models.kernels import wide
+from tunesmith.models.kernels.norm import normed
 from tunesmith.models.kernels.scratch import Scratch
 from tunesmith.models.kernels.swiglu import swiglu, swiglu_backward
 from tunesmith.models.kernels.thin import expand, outer, shrink
@@ -49,6 +50,13 @@ sizes = {
 anew = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+def places_of(size: int) -> st.SearchStrategy[torch.Tensor]:
+    """Ascending places in ``range(size)``."""
+    return st.sets(st.integers(0, size - 1), max_size=50).map(
+        lambda found: torch.tensor(sorted(found), dtype=torch.int64)
+    )
+
+
 @anew
 @given(**sizes)
 def test_shrink(rows: int, width: int, rank: int, beside: int, dtype: torch.dtype):
@@ -58,9 +66,42 @@ def test_shrink(rows: int, width: int, rank: int, beside: int, dtype: torch.dtyp
         random(rank, width, seed=2, dtype=dtype),
     )
     out = torch.full((rows, rank + beside), 7.0, dtype=dtype)
-    shrink(x, a, out[:, :rank], 0.5)
+    shrink(x, a, out[:, :rank], 0.5, scratch=Scratch())
     assert close(out[:, :rank], 0.5 * x.double() @ a.double().t(), terms=4 * width)
     assert bool((out[:, rank:] == 7).all())
+
+
+@anew
+@given(**sizes, data=st.data())
+def test_shrink_without_what_is_dropped(
+    rows: int, width: int, rank: int, beside: int, dtype: torch.dtype, data: st.DataObject
+):
+    x, a = random(rows, width, seed=1, dtype=dtype), random(rank, width, seed=2, dtype=dtype)
+    before = x.clone()
+    dropped = data.draw(places_of(rows * width))
+    out = torch.full((rows, rank + beside), 7.0, dtype=dtype)
+    shrink(x, a, out[:, :rank], 0.5, scratch=Scratch(), dropped=dropped)
+    seen = x.double().reshape(-1).index_fill(0, dropped, 0).view(rows, width)
+    assert close(out[:, :rank], 0.5 * seen @ a.double().t(), terms=4 * width)
+    assert bool((out[:, rank:] == 7).all())
+    assert torch.equal(x, before)
+
+
+@anew
+@given(rows=sizes["rows"], width=sizes["width"], dtype=sizes["dtype"], data=st.data())
+def test_what_is_computed_again_lacks_what_was_dropped(
+    rows: int, width: int, dtype: torch.dtype, data: st.DataObject
+):
+    x, up = random(rows, width, seed=1, dtype=dtype), random(rows, width, seed=2, dtype=dtype)
+    weight, inverse = random(width, seed=3, dtype=dtype), random(rows, 1, seed=4, dtype=torch.float32)
+    dropped = data.draw(places_of(rows * width))
+    found = normed(x, inverse, weight, torch.empty_like(x), dropped)
+    wanted = x.double() * inverse.double() * weight.double()
+    assert close(found, wanted.reshape(-1).index_fill(0, dropped, 0).view(rows, width), terms=8)
+    out = torch.empty_like(x)
+    swiglu(x, up, out, dropped)
+    wanted = torch.nn.functional.silu(x.double()) * up.double()
+    assert close(out, wanted.reshape(-1).index_fill(0, dropped, 0).view(rows, width), terms=16)
 
 
 @anew
@@ -95,9 +136,10 @@ def test_outer(rows: int, width: int, rank: int, beside: int, dtype: torch.dtype
     dtype=sizes["dtype"],
     turned=st.booleans(),
     add=st.booleans(),
+    rank=st.integers(0, 9),
 )
 def test_wide_products(
-    rows: int, depth: int, columns: int, most: int, dtype: torch.dtype, turned: bool, add: bool
+    rows: int, depth: int, columns: int, most: int, dtype: torch.dtype, turned: bool, add: bool, rank: int
 ):
     x = random(rows, depth + 1, seed=1, dtype=dtype)[:, :depth]
     weight = (
@@ -107,13 +149,16 @@ def test_wide_products(
     )
     out = random(rows, columns + 2, seed=3, dtype=dtype)
     before, scratch = out.clone(), Scratch()
+    z, b = random(rows, rank + 3, seed=4, dtype=dtype)[:, :rank], random(rank, columns, seed=5, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wide, "is_wide", lambda _depth, _columns: True)
         patch.setattr(wide, "_COLUMNS", most)
-        counted = wide.work_elements(rows, depth, columns)
-        wide.product(x, weight, out[:, :columns], scratch, add=add, scale=0.5)
-    wanted = 0.5 * x.double() @ weight.double() + (before[:, :columns].double() if add else 0)
-    assert close(out[:, :columns], wanted, terms=4 * depth)
+        counted = wide.work_elements(rows, depth, columns, rank)
+        low = wide.LowRank(z, b, 0.25) if rank else None
+        wide.product(x, weight, out[:, :columns], scratch, add=add, scale=0.5, low=low)
+    product = x.double() @ weight.double() + 0.25 * z.double() @ b.double()
+    wanted = 0.5 * product + (before[:, :columns].double() if add else 0)
+    assert close(out[:, :columns], wanted, terms=4 * (depth + rank))
     assert torch.equal(out[:, columns:], before[:, columns:])
     assert scratch.elements() == {"product work": counted}
 

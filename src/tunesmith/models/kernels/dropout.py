@@ -10,11 +10,13 @@ import math
 
 import torch
 
+from tunesmith.native import compiled
+
 
 def draw_dropped(size: int, probability: float) -> torch.Tensor:
     """Places in ``range(size)`` that fall, each independently with ``probability``; int64, ascending.
 
-    Random numbers come from torch's global CPU generator.
+    Random numbers come from torch's global CPU generator, or from one that it seeds anew for every call.
     """
     if probability <= 0 or size == 0:
         return torch.empty(0, dtype=torch.int64)
@@ -25,10 +27,19 @@ def draw_dropped(size: int, probability: float) -> torch.Tensor:
     while last < size:
         expected = (size - last) * probability
         count = int(expected + 6 * math.sqrt(expected) + 8)
-        # 1 - u lies in (0, 1], where the logarithm is finite.
-        gaps = (1 - torch.rand(count)).log_().mul_(1 / math.log1p(-probability)).floor_()
-        places = gaps.to(torch.int64).add_(1).cumsum_(0).add_(last)
+        places = _places_above(last, count, 1 / math.log1p(-probability))
         parts.append(places)
         last = int(places[-1])
     drawn = torch.cat(parts) if len(parts) > 1 else parts[0]
     return drawn[: int(torch.searchsorted(drawn, size))]
+
+
+def _places_above(last: int, count: int, factor: float) -> torch.Tensor:
+    """``count`` ascending places, with gaps of 1 + floor(factor log(u))."""
+    if native := compiled("training", "draw_places", "nnxpn"):
+        places = torch.empty(count, dtype=torch.int64)
+        native(int(torch.randint(2**63 - 1, ())), last, factor, places, count)
+        return places
+    # 1 - u lies in (0, 1], where the logarithm is finite.
+    gaps = (1 - torch.rand(count)).log_().mul_(factor).floor_()
+    return gaps.to(torch.int64).add_(1).cumsum_(0).add_(last)

@@ -10,13 +10,13 @@ from tunesmith.models.kernels.arrangement import query_blocks, row_batches
 from tunesmith.models.kernels.decoder import Decoder
 from tunesmith.models.kernels.head import chunk_size
 from tunesmith.models.kernels.layer import Layer, saves_probabilities
-from tunesmith.models.kernels.linear import adapter_dropout
+from tunesmith.models.kernels.linear import Linear, adapter_dropout
 from tunesmith.models.kernels.segments import most_keys, prefix_sums, workspace
 from tunesmith.models.kernels.wide import work_elements
 from tunesmith.native import is_compiled
 
 # What the compiled functions keep in registers.
-_BY_TORCH_ONLY = ("normed", "norm product", "rotary")
+_BY_TORCH_ONLY = ("normed", "norm product", "rotary", "seen")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ def training_buffers(decoder: Decoder, shape: BatchShape) -> dict[str, int]:
     for name, rows in (("x in", count), ("x kept", kept), ("final", kept), ("dx", kept), ("dhidden", kept)):
         need(name, rows * width)
     need("logits", chunk_size(kept) * len(decoder.head.weight))
-    need("product work", work_elements(chunk_size(kept), width, len(decoder.head.weight)))
+    need(
+        "product work", work_elements(chunk_size(kept), width, len(decoder.head.weight), _rank(decoder.head))
+    )
+    need("seen", chunk_size(kept) * width if adapter_dropout([decoder.head]) else 0)
     for number, layer in enumerate(decoder.layers):
         slot = number if decoder.saves_activations else 0
         if number < last:
@@ -75,14 +78,21 @@ def _layer_buffers(layer: Layer, count: int, kept: int, slot: int) -> dict[str, 
     }  # fmt: skip
     products = [(count, part) for part in layer.qkv]
     products += [(kept, part) for part in (layer.output, *layer.gate_up, layer.down)]
+    forms = [(rows, *part.weight.shape, _rank(part)) for rows, part in products]
     # Forward, and backward to the input.
     found["product work"] = max(
-        max(work_elements(rows, *part.weight.shape[::-1]), work_elements(rows, *part.weight.shape))
-        for rows, part in products
+        max(work_elements(rows, inner, outer, rank), work_elements(rows, outer, inner))
+        for rows, outer, inner, rank in forms
     )
-    if adapter_dropout([layer.output]):
-        found["seen"] = kept * queries
+    inputs = ((layer.qkv, count), ([layer.output], kept), (layer.gate_up, kept), ([layer.down], kept))
+    found["seen"] = max(
+        rows * group[0].weight.shape[1] if adapter_dropout(group) else 0 for group, rows in inputs
+    )
     return found
+
+
+def _rank(linear: Linear) -> int:
+    return len(linear.adapter.a) if linear.adapter else 0
 
 
 def _attention_buffers(layer: Layer, shape: BatchShape, slot: int) -> dict[str, int]:

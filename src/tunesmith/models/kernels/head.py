@@ -9,6 +9,7 @@ import torch
 from tunesmith.models.kernels.dropout import draw_dropped
 from tunesmith.models.kernels.linear import Linear, adapter_dropout, project, project_backward
 from tunesmith.models.kernels.scratch import Scratch
+from tunesmith.models.kernels.thin import drop
 
 _CHUNK = 384  # tokens: large enough for efficient products, 75 MB of logits for a vocabulary of 49,152
 _SMALLEST = 1e-20
@@ -49,6 +50,7 @@ def head_losses(
         losses[part] = _to_probabilities(logits, wanted)
         if gradient_scale is not None and dhidden is not None:
             logits.scatter_add_(1, wanted, logits.new_full(wanted.shape, -1.0))
+            drop(x, dropped)
             project_backward([logits], x, [head], state, scratch, dhidden[part], scale=gradient_scale)
     return losses, dhidden
 

@@ -21,6 +21,7 @@ from tunesmith.models.kernels.rotary import rotate, rotate_backward
 from tunesmith.models.kernels.scratch import Scratch
 from tunesmith.models.kernels.segments import Segments, attend, attend_backward
 from tunesmith.models.kernels.swiglu import swiglu, swiglu_backward
+from tunesmith.models.kernels.thin import drop
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,7 @@ def layer_forward(
         torch.index_select(x, 0, kept, out=x2)
         shape = (len(kept), attention.shape[1])
         attention = torch.index_select(attention, 0, kept, out=scratch.take(f"attention {slot}", shape, x))
-    seen = attention
-    if dropped.output is not None:
-        seen = scratch.take("seen", tuple(attention.shape), x).copy_(attention)
-    output_adapter = project(seen, [layer.output], [x2], dropped.output, scratch, add=True)
+    output_adapter = project(attention, [layer.output], [x2], dropped.output, scratch, add=True)
     hidden = scratch.take("hidden", tuple(x2.shape), x)
     inverse2 = rms_norm(x2, layer.mlp_norm.weight.detach(), layer.mlp_norm.epsilon, hidden)
     gate, up = (
@@ -164,16 +162,17 @@ def layer_backward(
     active, dup, dactive = (
         scratch.take(name, tuple(gate.shape), dy) for name in ("active", "dup", "dactive")
     )
-    swiglu(gate, up, active)
+    swiglu(gate, up, active, saved.down_adapter.dropped)
     project_backward([dy], active, [layer.down], saved.down_adapter, scratch, dactive)
     swiglu_backward(dactive, gate, up, dup)
     dhidden = scratch.take("dhidden", tuple(x2.shape), dy)
     project_backward(
-        (gate, dup), _normed(x2, saved.inverse2, layer.mlp_norm, scratch), layer.gate_up, saved.gate_up_adapter,
-        scratch, dhidden,
+        (gate, dup), _normed(x2, saved.inverse2, layer.mlp_norm, saved.gate_up_adapter, scratch), layer.gate_up,
+        saved.gate_up_adapter, scratch, dhidden,
     )  # fmt: skip
     rms_norm_backward(dhidden, x2, saved.inverse2, layer.mlp_norm.weight, dy, scratch)
     dattention = scratch.take("dattention", tuple(saved.attention.shape), dy)
+    drop(saved.attention, saved.output_adapter.dropped)
     project_backward([dy], saved.attention, [layer.output], saved.output_adapter, scratch, dattention)
     count, sizes = len(saved.x), [len(part.weight) for part in layer.qkv]
     if saved.kept is not None:
@@ -189,8 +188,8 @@ def layer_backward(
     norm_trained = layer.attention_norm.weight.requires_grad
     dhidden = scratch.take("dhidden", tuple(saved.x.shape), dy) if input_gradient or norm_trained else None
     project_backward(
-        dqkv.split(sizes, 1), _normed(saved.x, saved.inverse, layer.attention_norm, scratch), layer.qkv,
-        saved.qkv_adapter, scratch, dhidden,
+        dqkv.split(sizes, 1), _normed(saved.x, saved.inverse, layer.attention_norm, saved.qkv_adapter, scratch),
+        layer.qkv, saved.qkv_adapter, scratch, dhidden,
     )  # fmt: skip
     if dhidden is None:
         return None
@@ -222,8 +221,13 @@ def _rotated(qkv: torch.Tensor, shape: Shape) -> torch.Tensor:
     return qkv.view(-1, shape.vectors, shape.size)[:, : shape.heads + shape.groups]
 
 
-def _normed(x: torch.Tensor, inverse: torch.Tensor, norm: Norm, scratch: Scratch) -> torch.Tensor:
-    return normed(x, inverse, norm.weight.detach(), scratch.take("hidden", tuple(x.shape), x))
+def _normed(
+    x: torch.Tensor, inverse: torch.Tensor, norm: Norm, adapter: AdapterState, scratch: Scratch
+) -> torch.Tensor:
+    """The normed rows as the adapters saw them."""
+    return normed(
+        x, inverse, norm.weight.detach(), scratch.take("hidden", tuple(x.shape), x), adapter.dropped
+    )
 
 
 def _spread(

@@ -14,8 +14,8 @@ import torch
 
 from tunesmith.models.kernels.norm import add_gradient
 from tunesmith.models.kernels.scratch import Scratch
-from tunesmith.models.kernels.thin import drop, expand, outer, shrink
-from tunesmith.models.kernels.wide import product
+from tunesmith.models.kernels.thin import expand, outer, shrink
+from tunesmith.models.kernels.wide import LowRank, product
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,22 @@ def project(
     Args:
         x: shape (tokens, in), contiguous.
         outs: one a layer, shape (tokens, out), rows contiguous in themselves.
-        dropped: places of the flat ``x`` that the adapters do not see, from ``draw_dropped``: there ``x`` is set to 0.
-            None: no dropout.
+        dropped: places of the flat ``x`` that the adapters do not see, from ``draw_dropped``. None: no dropout.
         add: add to ``outs``, as for a residual.
     """
+    adapters = [layer.adapter for layer in group if layer.adapter]
+    z = None
+    if adapters:
+        stacked = _stack(adapters)
+        z = x.new_empty(len(x), len(stacked))
+        shrink(x, stacked, z, scratch=scratch, dropped=dropped)
+    parts = iter(() if z is None else _parts(z, adapters))
     for layer, out in zip(group, outs, strict=True):
-        product(x, layer.weight.detach().t(), out, scratch, add=add)
+        adapter = layer.adapter
+        low = LowRank(next(parts), _turned(adapter.b), _factor(adapter, dropped)) if adapter else None
+        product(x, layer.weight.detach().t(), out, scratch, add=add, low=low)
         if layer.bias is not None:
             out.add_(layer.bias.detach())
-    adapted = [(layer.adapter, out) for layer, out in zip(group, outs, strict=True) if layer.adapter]
-    if not adapted:
-        return AdapterState(dropped, None)
-    stacked = _stack([adapter for adapter, _ in adapted])
-    z = x.new_empty(len(x), len(stacked))
-    shrink(x, stacked, z, dropped=dropped)
-    for (adapter, out), part in zip(adapted, _parts(z, adapted), strict=True):
-        expand(part, _turned(adapter.b), out, _factor(adapter, dropped), add=True)
     return AdapterState(dropped, z)
 
 
@@ -84,14 +84,15 @@ def project_backward(
 ) -> None:  # fmt: skip
     """Write the gradient of ``x`` into ``dx`` (None: not wanted) and add to ``.grad`` of what is trained.
 
-    ``scale`` multiplies the outputs' gradients ``dys``, which are left as they are; ``x`` is used up.
+    ``scale`` multiplies the outputs' gradients ``dys``, which are left as they are. ``x`` is what the adapters saw: 0
+    where it was dropped, so that weights of a group with dropout must be constant.
     """
     for layer, dy in zip(group, dys, strict=True):
         if layer.weight.requires_grad:
             add_product(layer.weight, dy.t(), x, scale, scratch)
         if layer.bias is not None and layer.bias.requires_grad:
             add_gradient(layer.bias, dy.sum(0).mul_(scale))
-    begun = _adapters_backward(dys, x, group, state, dx, scale)
+    begun = _adapters_backward(dys, x, group, state, scratch, dx, scale)
     if dx is None:
         return
     for layer, dy in zip(group, dys, strict=True):
@@ -100,7 +101,7 @@ def project_backward(
 
 
 def _adapters_backward(
-    dys: Sequence[torch.Tensor], x: torch.Tensor, group: Sequence[Linear], state: AdapterState,
+    dys: Sequence[torch.Tensor], x: torch.Tensor, group: Sequence[Linear], state: AdapterState, scratch: Scratch,
     dx: torch.Tensor | None, scale: float,
 ) -> bool:  # fmt: skip
     """The adapters' part of ``project_backward``; whether it has written to ``dx``, to which the rest is added."""
@@ -108,14 +109,13 @@ def _adapters_backward(
     if state.z is None or not adapted:
         return False
     dz = torch.empty_like(state.z)
-    for (adapter, dy), z, out in zip(adapted, _parts(state.z, adapted), _parts(dz, adapted), strict=True):
+    adapters = [adapter for adapter, _ in adapted]
+    for (adapter, dy), z, out in zip(adapted, _parts(state.z, adapters), _parts(dz, adapters), strict=True):
         factor = scale * _factor(adapter, state.dropped)
-        shrink(dy, _turned(adapter.b), out, factor)
+        shrink(dy, _turned(adapter.b), out, factor, scratch=scratch)
         if adapter.b.requires_grad:
             add_gradient(adapter.b, outer(z, dy).mul_(factor).t())
-    adapters = [adapter for adapter, _ in adapted]
     if adapters[0].a.requires_grad:
-        drop(x, state.dropped)
         gradient = outer(dz, x)
         for adapter, rows in zip(adapters, gradient.split([len(a.a) for a in adapters]), strict=True):
             add_gradient(adapter.a, rows)
@@ -152,6 +152,6 @@ def _turned(b: torch.Tensor) -> torch.Tensor:
     return b.detach().t().contiguous()
 
 
-def _parts(z: torch.Tensor, adapted: Sequence[tuple[Adapter, torch.Tensor]]) -> Sequence[torch.Tensor]:
-    parts: tuple[torch.Tensor, ...] = z.split([len(adapter.a) for adapter, _ in adapted], dim=1)
+def _parts(z: torch.Tensor, adapters: Sequence[Adapter]) -> Sequence[torch.Tensor]:
+    parts: tuple[torch.Tensor, ...] = z.split([len(adapter.a) for adapter in adapters], dim=1)
     return parts

@@ -7,6 +7,7 @@ dx = r * (dn - n * mean(dn * n)) and dw = sum over rows of dh * n.
 import torch
 
 from tunesmith.models.kernels.scratch import Scratch
+from tunesmith.models.kernels.thin import drop, places
 from tunesmith.native import compiled
 
 
@@ -31,12 +32,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.T
     return inverse
 
 
-def normed(x: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The normed rows again, into ``out``, from what ``rms_norm`` returned."""
-    if native := compiled("training", "normed", "ppppnn", x):
-        native(x, weight, inverse, out, *x.shape)
+def normed(
+    x: torch.Tensor,
+    inverse: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    dropped: torch.Tensor | None,
+) -> torch.Tensor:
+    """The normed rows again, into ``out``, from what ``rms_norm`` returned; 0 at the ``dropped`` places."""
+    if native := compiled("training", "normed", "ppppnnpn", x):
+        native(x, weight, inverse, out, *x.shape, *places(dropped))
         return out
-    return torch.mul(x, inverse.to(x.dtype), out=out).mul_(weight)
+    torch.mul(x, inverse.to(x.dtype), out=out).mul_(weight)
+    drop(out, dropped)
+    return out
 
 
 def rms_norm_backward(

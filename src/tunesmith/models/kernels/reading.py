@@ -80,6 +80,8 @@ def _linear(module: Any) -> Linear:
         raise UnreadableError("its adapter has a bias or layers of its own kind")
     dropout = module.lora_dropout[adapter]
     rate = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+    if rate and base.weight.requires_grad:
+        raise UnreadableError("weights below an adapter with dropout are trained too")
     return Linear(
         _float(base.weight),
         base.bias,

@@ -6,6 +6,7 @@ than the product; the compiled ones read each operand once. Dropout of an operan
 
 import torch
 
+from tunesmith.models.kernels.scratch import Scratch
 from tunesmith.native import compiled
 
 
@@ -15,6 +16,7 @@ def shrink(
     out: torch.Tensor,
     factor: float = 1.0,
     *,
+    scratch: Scratch,
     dropped: torch.Tensor | None = None,
 ) -> None:
     """factor x a' into ``out``.
@@ -22,13 +24,15 @@ def shrink(
     Args:
         x: (rows, width); a: (rank, width), contiguous; out: (rows, rank). Rows of ``x`` and ``out`` are contiguous in
             themselves.
-        dropped: ascending places of the flat ``x``, then contiguous, that are set to 0 first.
+        dropped: ascending places of the flat ``x``, then contiguous, that count as 0.
     """
     if native := compiled("training", "shrink", "pnppnnnnxpn", x):
-        native(x, x.stride(0), a, out, out.stride(0), *x.shape, len(a), factor, *_places(dropped))
-    else:
+        native(x, x.stride(0), a, out, out.stride(0), *x.shape, len(a), factor, *places(dropped))
+        return
+    if dropped is not None:
+        x = scratch.take("seen", tuple(x.shape), x).copy_(x)
         drop(x, dropped)
-        out.addmm_(x, a.t(), beta=0, alpha=factor)
+    out.addmm_(x, a.t(), beta=0, alpha=factor)
 
 
 def expand(
@@ -43,7 +47,7 @@ def expand(
         dropped: ascending places of the flat ``out``, then contiguous, that are set to 0 afterwards.
     """
     if native := compiled("training", "expand", "pnppnnnnxnpn", z):
-        native(z, z.stride(0), b, out, out.stride(0), *out.shape, len(b), factor, int(add), *_places(dropped))
+        native(z, z.stride(0), b, out, out.stride(0), *out.shape, len(b), factor, int(add), *places(dropped))
     else:
         out.addmm_(z, b, beta=int(add), alpha=factor)
         drop(out, dropped)
@@ -64,5 +68,6 @@ def drop(x: torch.Tensor, dropped: torch.Tensor | None) -> None:
         x.view(-1).index_fill_(0, dropped, 0)
 
 
-def _places(dropped: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+def places(dropped: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """As the compiled functions take them: where, and how many."""
     return dropped, 0 if dropped is None else len(dropped)
