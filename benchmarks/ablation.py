@@ -106,8 +106,11 @@ def variants() -> list[Variant]:
             attention="sdpa",
         ),
         Variant("dropout by what falls", [(f"{kernels}.layer.draw_dropped", draw_every_element)], methods=["lora"]),
-        Variant("rows of like length in one product", [(f"{kernels}.arrangement._MOST_SCORES", 1)]),
-        Variant("probabilities of short rows kept", [(f"{kernels}.layer.saves_probabilities", lambda *_: False)]),
+        Variant(
+            "everything that is compiled from C",
+            [("tunesmith.native._library", lambda _name: None), ("tunesmith.native._function", lambda *_: None)],
+        ),
+        Variant("wide products in C", [(f"{kernels}.wide._is_amd", lambda: False)]),
         Variant(
             "buffers and gradients that keep their memory",
             [(f"{kernels}.scratch.Scratch.take", fresh), (f"{kernels}.scratch.Scratch.gradient", fresh_gradient)],
