@@ -1,6 +1,6 @@
 """The optimizer steps of a run: what its configuration makes of the training loop."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -68,8 +68,9 @@ def steps_after(
     done: int,
     started: float,
     workers: Workers = ALONE,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[StepEvent]:
-    """The steps of the run from ``done`` + 1 on."""
+    """The steps of the run from ``done`` + 1 on; what ``check`` raises abandons the one at hand."""
     return train_steps(
         parts.passes,
         list(named_trainable(parts.model).values()),
@@ -89,4 +90,5 @@ def steps_after(
         started=started,
         workers=workers,
         steps_done=done,
+        check=check,
     )

@@ -1,7 +1,7 @@
 """How losses and gradients of a micro-batch are computed: by the kernels, or by the model and autograd."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,11 +32,14 @@ class Pass:
 class Passes(Protocol):
     """Evaluation and training of one model on micro-batches."""
 
-    def losses(self, batch: Batch) -> torch.Tensor:
-        """-log p of every trained token, shape (trained tokens,), without dropout."""
+    def losses(self, batch: Batch, check: Callable[[], None] = lambda: None) -> torch.Tensor:
+        """-log p of every trained token, shape (trained tokens,), without dropout; ``check`` as of ``train``."""
 
-    def train(self, batch: Batch, scale: float) -> Pass:
-        """Add the gradients of ``scale`` times the sum of the token losses to ``.grad`` of what is trained."""
+    def train(self, batch: Batch, scale: float, check: Callable[[], None] = lambda: None) -> Pass:
+        """Add the gradients of ``scale`` times the sum of the token losses to ``.grad`` of what is trained.
+
+        ``check`` is called as often as the way of computing allows; what it raises leaves gradients half made.
+        """
 
     def rest(self) -> None:
         """Hold no memory until the next call: something else needs it."""
@@ -48,7 +51,7 @@ class AutogradPasses:
     def __init__(self, model: Any, autocast: torch.dtype | None = None) -> None:
         self._model, self._autocast = model, autocast
 
-    def losses(self, batch: Batch) -> torch.Tensor:
+    def losses(self, batch: Batch, check: Callable[[], None] = lambda: None) -> torch.Tensor:
         was_training = self._model.training
         self._model.eval()
         try:
@@ -58,11 +61,12 @@ class AutogradPasses:
         finally:
             self._model.train(was_training)
 
-    def train(self, batch: Batch, scale: float) -> Pass:
+    def train(self, batch: Batch, scale: float, check: Callable[[], None] = lambda: None) -> Pass:
         begun = time.perf_counter()
         self._model.train()
         loss = token_losses(self._model, batch, self._autocast).sum()
         total, between = float(loss.detach()), time.perf_counter()
+        check()
         (loss * scale).backward()
         return Pass(total, between - begun, time.perf_counter() - between)
 
@@ -87,18 +91,18 @@ class KernelPasses:
         self._scratch.release()
         self._rests = True
 
-    def losses(self, batch: Batch) -> torch.Tensor:
+    def losses(self, batch: Batch, check: Callable[[], None] = lambda: None) -> torch.Tensor:
         assert isinstance(batch, PackedBatch)
         # No inference mode: its tensors could not be written to again in training.
         with torch.no_grad():
-            return kernel_losses(read_decoder(self._model), batch, self._scratch)
+            return kernel_losses(read_decoder(self._model), batch, self._scratch, check)
 
-    def train(self, batch: Batch, scale: float) -> Pass:
+    def train(self, batch: Batch, scale: float, check: Callable[[], None] = lambda: None) -> Pass:
         assert isinstance(batch, PackedBatch)
         begun = time.perf_counter()
         if self._rests:
             self.reserve(self._reserved)
-        losses = loss_and_gradients(read_decoder(self._model), batch, scale, self._scratch)
+        losses = loss_and_gradients(read_decoder(self._model), batch, scale, self._scratch, check)
         return Pass(float(losses.sum()), 0.0, time.perf_counter() - begun)
 
 
