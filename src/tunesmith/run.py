@@ -31,6 +31,7 @@ from tunesmith.evaluation.heldout_file import HELD_OUT, write_heldout
 from tunesmith.evaluation.score import HeldOut, Scored, score_heldout
 from tunesmith.models.lora import without_fresh_adapter
 from tunesmith.models.method import base_is_without_adapter, is_finite, save_servable, servable_tensors
+from tunesmith.models.passes import unasked
 from tunesmith.paths import expanded
 from tunesmith.resuming import (
     ResumePoint,
@@ -353,7 +354,7 @@ def _train(run: Run, totals: Totals, before: Sequence[str], stop: StopRequest) -
     if checkpoint is not None:
         put_back(parts, optimizer, checkpoint, workers)
     saved = totals.steps
-    check = stop.check_step if workers.world == 1 else lambda: None  # several can agree only between steps
+    check = stop.check_step if workers.world == 1 else unasked  # several can agree only between steps
     steps = steps_after(parts, settings, optimizer, saved, run.started, workers, check)
     if totals.seconds_to_first_step is None:
         totals.seconds_to_first_step = seconds_since_process_start()
@@ -500,7 +501,7 @@ def _budget(parts: Assembly) -> int | None:
 
 def _score(run: Run, heldout: HeldOut, label: str, stop: StopRequest | None = None) -> Scored:
     # Several workers go on until they can agree.
-    check = stop.check if stop is not None and run.workers.world == 1 else lambda: None
+    check = stop.check if stop is not None and run.workers.world == 1 else unasked
     return score_heldout(
         run.parts.model,
         run.parts.passes,

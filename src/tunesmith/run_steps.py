@@ -9,6 +9,7 @@ from tunesmith.assembly import Assembly
 from tunesmith.checkpoints.store import TRAINING
 from tunesmith.config.schema import OptimizationSettings
 from tunesmith.models.method import read_trained
+from tunesmith.models.passes import unasked
 from tunesmith.tracking.events import StepEvent
 from tunesmith.training.loop import train_steps
 from tunesmith.training.optim import adamw
@@ -68,7 +69,7 @@ def steps_after(
     done: int,
     started: float,
     workers: Workers = ALONE,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = unasked,
 ) -> Iterator[StepEvent]:
     """The steps of the run from ``done`` + 1 on; what ``check`` raises abandons the one at hand."""
     return train_steps(

@@ -1,5 +1,7 @@
 """What stops a run: numbers that are not finite, Ctrl-C, SIGTERM. What was saved before stays good."""
 
+import atexit
+import gc
 import itertools
 import json
 import math
@@ -226,6 +228,21 @@ def test_an_evaluation_that_a_signal_has_ended_is_made_up_for(tmp_path, tiny, ro
     same_as_unbroken(run, whole)
 
 
+def test_a_second_signal_ends_saving_and_leaves_what_was_saved_before(
+    tmp_path, tiny, rows, monkeypatch, capfd
+):
+    settings = {"num_epochs": 2, "lora_config": LORA}
+    whole = finetune(made(tmp_path / "whole"), tiny, rows, **settings)
+    monkeypatch.setattr(tunesmith.training.stop, "ONE_SIGNAL_SECONDS", -1)
+    signal_in(monkeypatch, "learning_rate_at", signal.SIGINT, 4)
+    signal_in(monkeypatch, "save_servable", signal.SIGINT, 2)
+    capfd.readouterr()
+    run = stopped_and_resumed(made(tmp_path / "broken"), tiny, rows, **settings)
+    assert "stopped after step 4; saved is step-000003, " in capfd.readouterr().err
+    assert report(run)["resumed_at"] == [3]
+    same_as_unbroken(run, whole)
+
+
 def test_a_run_stopped_while_its_result_is_forwarded_is_not_finished(
     tmp_path, tiny, rows, monkeypatch, capfd
 ):
@@ -240,7 +257,10 @@ def test_sigterm_before_anything_is_imported(tmp_path, tiny, rows, monkeypatch, 
     monkeypatch.setattr(
         tunesmith.config.load, "load_config", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
     )
+    at_exit: list[object] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
     assert main(["finetune", "my.yaml"]) == 130
+    assert at_exit == [gc.freeze]  # so that the end of the process does not take seconds
     assert capfd.readouterr().err.strip() == "Interrupted."
 
 

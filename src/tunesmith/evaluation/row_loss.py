@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.models.batches import MicroBatches
-from tunesmith.models.passes import Passes
+from tunesmith.models.passes import Passes, unasked
 from tunesmith.training.workers import ALONE, Workers
 
 
@@ -35,7 +35,7 @@ def row_loss(
     micro_batches: MicroBatches,
     workers: Workers = ALONE,
     on_progress: Callable[[int, int], None] | None = None,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = unasked,
 ) -> RowLosses:
     """-log p of the trained tokens of ``rows``.
 

@@ -9,7 +9,7 @@ from tunesmith.evaluation.answers import Question, greedy_answers
 from tunesmith.evaluation.heldout import perplexity, score_answers
 from tunesmith.evaluation.row_loss import RowLosses, row_loss
 from tunesmith.models.batches import MicroBatches
-from tunesmith.models.passes import Passes
+from tunesmith.models.passes import Passes, unasked
 from tunesmith.models.stops import Stops
 from tunesmith.tracking.events import Score
 from tunesmith.training.workers import ALONE, Workers
@@ -55,7 +55,7 @@ def score_heldout(
     label: str,
     workers: Workers = ALONE,
     on_progress: OnProgress,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = unasked,
 ) -> Scored:
     """Score a model on rows and questions.
 

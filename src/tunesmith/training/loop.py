@@ -18,7 +18,7 @@ from tunesmith.data.order import step_rows, stream_seed
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.batches import MicroBatches
-from tunesmith.models.passes import Passes
+from tunesmith.models.passes import Passes, unasked
 from tunesmith.tracking.events import StepEvent
 from tunesmith.training.schedule import StepPlan
 from tunesmith.training.worker_times import tell_share
@@ -41,7 +41,7 @@ def train_steps(
     steps_done: int = 0,
     flops_per_token: Callable[[int, int], float] | None = None,
     peak_flops: float | None = None,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = unasked,
 ) -> Iterator[StepEvent]:
     """Train, yielding after each optimizer step.
 

@@ -208,9 +208,7 @@ def test_an_abandoned_step_leaves_all_as_after_the_step_before(kernels: bool):
         return parameters, [dict(optimizer.state[p]) for p in parameters]
 
     weights, moments = trained(None)
-    each = (
-        1 + 2 * len(tiny_model().model.layers) if kernels else 2
-    )  # of a micro-batch, of which there are three
+    each = 1 + 2 * len(tiny_model().model.layers)  # of a micro-batch, of which there are three
     for call in (1, 2, each, each + 1, 3 * each):
         others, their_moments = trained(call)
         assert all(map(torch.equal, weights, others))
@@ -218,13 +216,15 @@ def test_an_abandoned_step_leaves_all_as_after_the_step_before(kernels: bool):
             assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_the_kernels_ask_at_each_layer_whether_to_go_on():
+@pytest.mark.parametrize("kind", [KernelPasses, AutogradPasses])
+def test_a_pass_asks_at_each_layer_whether_to_go_on(kind: type):
     model = tiny_model()
     assert prepare_packing(model, ROWS, 2)[0]
     (batch,) = packed_batches(10_000, CPU)(ROWS, range(len(ROWS)))
     calls: list[None] = []
-    passes, layers = KernelPasses(model), len(model.model.layers)
+    passes, layers = kind(model), len(model.model.layers)
     passes.losses(batch, lambda: calls.append(None))
     assert len(calls) == layers
     passes.train(batch, 1.0, lambda: calls.append(None))
     assert len(calls) == 3 * layers
+    assert not any(layer._forward_hooks for layer in model.model.layers)
