@@ -30,9 +30,9 @@ def told(workers: Workers) -> Shares:
 
 
 class _Slow(AutogradPasses):
-    def train(self, batch: Batch, scale: float) -> Pass:
+    def train(self, batch: Batch, scale: float, check: Callable[[], None] = lambda: None) -> Pass:
         time.sleep(SLEEP)
-        return super().train(batch, scale)
+        return super().train(batch, scale, check)
 
 
 @dataclass(frozen=True)

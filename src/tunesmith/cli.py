@@ -4,7 +4,9 @@ Each command is one short function of the package ``commands``: it reads its arg
 Nothing heavy is imported until a command needs it, so that ``--help`` answers at once.
 """
 
+import atexit
 import errno
+import gc
 import io
 import os
 import sys
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
+        _end_soon()
         return Interrupted.exit_code
     except BrokenPipeError:
         # The reader of our output (head, less) has left: nothing to tell anybody.
@@ -78,9 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _tell(error: TunesmithError) -> int:
     colour = "yellow" if isinstance(error, Interrupted) else "red"
     label = "Stopped" if isinstance(error, Interrupted) else "Error"
+    if isinstance(error, Interrupted):
+        _end_soon()
     click.secho(f"{label}: ", fg=colour, bold=True, nl=False, err=True)
     click.echo(str(error), err=True)
     return error.exit_code
+
+
+def _end_soon() -> None:
+    # On its way out Python looks for cycles through all that torch and transformers have made: over a second of
+    # computing, on a busy machine ten. Whoever stopped the program has begun to wait.
+    atexit.register(gc.freeze)
 
 
 def _silence_libraries() -> None:

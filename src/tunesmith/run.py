@@ -5,8 +5,8 @@ This module and ``cli`` are the only ones that unpack a configuration.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +18,11 @@ from rich.text import Text
 
 from tunesmith.assembly import Assembly, Say, assemble
 from tunesmith.checkpoints.atomic import flush
+from tunesmith.checkpoints.locate import run_status
 from tunesmith.checkpoints.lock import locked
 from tunesmith.checkpoints.manifest import FORMAT, BaseWeights, FileStamp, Manifest, read_manifest
 from tunesmith.checkpoints.signature import check_keys
-from tunesmith.checkpoints.store import BEST, TRAINING
+from tunesmith.checkpoints.store import BEST, TRAINING, newest_checkpoint
 from tunesmith.config.load import LoadedConfig
 from tunesmith.config.schema import LoraMethod, RunConfig
 from tunesmith.errors import Interrupted, NonFiniteError, TunesmithError
@@ -30,6 +31,7 @@ from tunesmith.evaluation.heldout_file import HELD_OUT, write_heldout
 from tunesmith.evaluation.score import HeldOut, Scored, score_heldout
 from tunesmith.models.lora import without_fresh_adapter
 from tunesmith.models.method import base_is_without_adapter, is_finite, save_servable, servable_tensors
+from tunesmith.models.passes import unasked
 from tunesmith.paths import expanded
 from tunesmith.resuming import (
     ResumePoint,
@@ -44,7 +46,7 @@ from tunesmith.resuming import (
 )
 from tunesmith.run_open import base_weights, open_run
 from tunesmith.run_record import Run, data_facts, make_record, make_samples, run_started, start_notices
-from tunesmith.run_result import forward_best, leave_report, print_ways_on
+from tunesmith.run_result import command_line, forward_best, leave_report, print_ways_on
 from tunesmith.run_state import RunState, environment_of, write_state
 from tunesmith.run_steps import kept_tensors, make_optimizer, put_back, put_back_weights, steps_after
 from tunesmith.run_totals import Totals
@@ -151,18 +153,28 @@ def carry_out(
         run = open_run(loaded, parts, base, console, started, point, held, workers)
         opened(run.folder)
         record = _carry_out_and_report(run, totals, options.compared, stop)
-        if workers.rank:
-            return record
-        # Before the report says that the run is finished: what ends in between is done when it is resumed.
-        try:
-            note = forward_best(run)
-        finally:
-            leave_report(run, record)
-            print_summary(console, record)
-        if note:
-            console.print(Text(note), soft_wrap=True)
-        print_ways_on(run, console)
+        if workers.rank == 0:
+            with _interruptions_told(run, totals):
+                _hand_on(run, record, totals, console)
     return record
+
+
+def _hand_on(run: Run, record: RunRecord, totals: Totals, console: Console) -> None:
+    """Forward the best checkpoint, then report: what ends before the report is done when the run is resumed."""
+    try:
+        note = forward_best(run)
+    except KeyboardInterrupt:
+        leave_report(run, make_record(run, totals, "interrupted"))
+        raise
+    except Exception:  # the run itself is complete
+        leave_report(run, record)
+        print_summary(console, record)
+        raise
+    leave_report(run, record)
+    print_summary(console, record)
+    if note:
+        console.print(Text(note), soft_wrap=True)
+    print_ways_on(run, console)
 
 
 def _lighter(config: RunConfig) -> str:
@@ -224,20 +236,27 @@ def _begin(
 def _carry_out_and_report(
     run: Run, totals: Totals, compared: Compared | None, stop: StopRequest | None
 ) -> RunRecord:
+    with _interruptions_told(run, totals):
+        try:
+            with run.track:
+                return _carry_out(run, totals, compared, stop)
+        except BaseException as error:
+            status: Literal["interrupted", "failed"] = (
+                "interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed"
+            )
+            with suppress(TunesmithError):  # the first error is the one to show, not what it led to
+                if run.workers.rank == 0:
+                    leave_report(run, make_record(run, totals, status))
+            raise
+
+
+@contextmanager
+def _interruptions_told(run: Run, totals: Totals) -> Iterator[None]:
+    """Within the block a KeyboardInterrupt becomes an Interrupted, which says where the run is and how to go on."""
     try:
-        with run.track:
-            record = _carry_out(run, totals, compared, stop)
-    except BaseException as error:
-        status: Literal["interrupted", "failed"] = (
-            "interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed"
-        )
-        with suppress(TunesmithError):  # the first error is the one to show, not what it led to
-            if run.workers.rank == 0:
-                leave_report(run, make_record(run, totals, status))
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(str(run.folder), f"stopped after step {totals.steps}", _kept(run)) from error
-        raise
-    return record
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(str(run.folder), f"stopped after step {totals.steps}", _kept(run)) from error
 
 
 def _carry_out(
@@ -260,7 +279,7 @@ def _carry_out(
             totals.before, before = scored.score, list(scored.answers)
     with stop_on_signals(asked_to_stop) as stop:
         stopped = _train(run, totals, before, stop)
-        on_first(run.workers, lambda: run.store.publish_best())
+        on_first(run.workers, lambda: _publish(run, stopped=stopped))
     # A signal that came after the last step stops the run too: what follows is to be done when it is resumed.
     if stopped or run.workers.agree(bool(stop.signal_name)):
         signal_name = next(filter(None, run.workers.gather(stop.signal_name)), "stopped")
@@ -280,6 +299,11 @@ def _carry_out(
     record = on_first(run.workers, lambda: make_record(run, totals, "finished", samples))
     run.track.emit(RunFinished(record))
     return record
+
+
+def _publish(run: Run, *, stopped: bool) -> None:
+    if not stopped or run.store.best() is not None:  # a run may be stopped within its first step
+        run.store.publish_best()
 
 
 def _known_score(run: Run, heldout: HeldOut) -> Score | None:
@@ -310,21 +334,33 @@ def _score_best(run: Run, totals: Totals, heldout: HeldOut) -> Scored:
 def _kept(run: Run) -> str:
     if run.workers.rank:
         return ""  # the first worker's words are those that are shown
-    best = run.store.best()
-    return f"the best checkpoint is {best.path}" if best else "nothing had been saved yet"
+    go_on = f"go on with: {command_line('finetune', '--resume', str(run.folder))}"
+    if run_status(run.folder) == "finished":
+        return f"all of it was done, see {run.folder / 'report.md'}"
+    last, best = newest_checkpoint(run.folder), run.store.best()
+    if last is None or best is None:
+        return f"nothing had been saved yet; {go_on}"
+    return f"saved is {last.name}, the best checkpoint is {best.path}; {go_on}"
 
 
 def _train(run: Run, totals: Totals, before: Sequence[str], stop: StopRequest) -> bool:
-    """Train to the end, or until a worker is asked to stop: then True. All stop after the same step."""
+    """Train to the end, or until a worker is asked to stop: then True. All stop after the same step.
+
+    A process alone does not finish a step that takes long: what is saved then is the state after the step before.
+    """
     parts, settings, workers = run.parts, run.config.optimization, run.workers
     optimizer = make_optimizer(parts, settings)
     checkpoint = run.resumed.checkpoint if run.resumed else None
     if checkpoint is not None:
         put_back(parts, optimizer, checkpoint, workers)
-    steps = steps_after(parts, settings, optimizer, totals.steps, run.started, workers)
+    saved = totals.steps
+    check = stop.check_step if workers.world == 1 else unasked  # several can agree only between steps
+    steps = steps_after(parts, settings, optimizer, saved, run.started, workers, check)
     if totals.seconds_to_first_step is None:
         totals.seconds_to_first_step = seconds_since_process_start()
     try:
+        if _evaluation_was_missed(run, totals) and _evaluate(run, totals, stop):
+            _save(run, totals, optimizer, before)
         for event in steps:
             totals.add(event)
             run.track.emit(event)
@@ -337,10 +373,15 @@ def _train(run: Run, totals: Totals, before: Sequence[str], stop: StopRequest) -
             stopping = workers.agree(bool(stop.signal_name))
             if is_due or stopping:
                 _save(run, totals, optimizer, before)
+                saved = totals.steps
                 # A signal that came while saving needs no further step.
                 if stopping or workers.agree(bool(stop.signal_name)):
                     return True
         return False
+    except StopRequested:  # within a step, which is done again when the run is resumed
+        if totals.steps > saved:
+            _save(run, totals, optimizer, before)
+        return True
     except NonFiniteError as error:
         best = run.store.best() if workers.rank == 0 else None
         kept = f"; the last good checkpoint is {best.path}" if best else ""
@@ -353,15 +394,23 @@ def _is_due(run: Run, step: int) -> bool:
     return step % every == 0 or step == plan.total_steps
 
 
-def _evaluate(run: Run, totals: Totals, stop: StopRequest) -> None:
+def _evaluation_was_missed(run: Run, totals: Totals) -> bool:
+    """Whether the process before this one was stopped when the checkpoint it left should have been evaluated."""
+    if totals.steps == 0 or run.parts.valid is None or not _is_due(run, totals.steps):
+        return False
+    return totals.evaluation is None or totals.evaluation.step != totals.steps
+
+
+def _evaluate(run: Run, totals: Totals, stop: StopRequest) -> bool:
+    """Whether there is an evaluation of this step now."""
     valid = run.parts.valid
     if valid is None:
-        return
+        return False
     begun = time.perf_counter()
     try:
         score = _score(run, valid, f"Step {totals.steps}", stop).score
     except StopRequested:
-        return
+        return False
     if not math.isfinite(score.loss):
         raise NonFiniteError(
             f"step {totals.steps}", "the evaluation loss is not finite", "lower learning_rate"
@@ -377,6 +426,7 @@ def _evaluate(run: Run, totals: Totals, stop: StopRequest) -> None:
         metrics={score.metric: score.value} if score.metric and score.value is not None else {},
     )
     run.track.emit(totals.evaluation)
+    return True
 
 
 def _save(run: Run, totals: Totals, optimizer: torch.optim.Optimizer, before: Sequence[str]) -> None:
@@ -450,11 +500,8 @@ def _budget(parts: Assembly) -> int | None:
 
 
 def _score(run: Run, heldout: HeldOut, label: str, stop: StopRequest | None = None) -> Scored:
-    def show(what: str, done: int, total: int) -> None:
-        run.track.emit(Progress(what, done, total))
-        if stop is not None and run.workers.world == 1:  # several go on until they can agree
-            stop.check()
-
+    # Several workers go on until they can agree.
+    check = stop.check if stop is not None and run.workers.world == 1 else unasked
     return score_heldout(
         run.parts.model,
         run.parts.passes,
@@ -465,5 +512,6 @@ def _score(run: Run, heldout: HeldOut, label: str, stop: StopRequest | None = No
         seed=run.config.optimization.seed,
         label=label,
         workers=run.workers,
-        on_progress=show,
+        on_progress=lambda what, done, total: run.track.emit(Progress(what, done, total)),
+        check=check,
     )

@@ -48,8 +48,12 @@ def print_ways_on(run: Run, console: Console) -> None:
 
 
 def _chat_command(tag: str, output_dir: str) -> str:
+    where = [] if Path(output_dir) == Path("outputs") else ["--output-dir", output_dir]
+    return command_line("chat", tag, *where)
+
+
+def command_line(*arguments: str) -> str:
     """A line that works when pasted: where the command is not on the path, it is named by its place."""
     beside = Path(sys.executable).with_name("tunesmith")
     command = "tunesmith" if shutil.which("tunesmith") else os.path.relpath(beside)
-    where = [] if Path(output_dir) == Path("outputs") else ["--output-dir", output_dir]
-    return shlex.join([command, "chat", tag, *where])
+    return shlex.join([command, *arguments])

@@ -1,6 +1,6 @@
 """The optimizer steps of a run: what its configuration makes of the training loop."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from tunesmith.assembly import Assembly
 from tunesmith.checkpoints.store import TRAINING
 from tunesmith.config.schema import OptimizationSettings
 from tunesmith.models.method import read_trained
+from tunesmith.models.passes import unasked
 from tunesmith.tracking.events import StepEvent
 from tunesmith.training.loop import train_steps
 from tunesmith.training.optim import adamw
@@ -68,8 +69,9 @@ def steps_after(
     done: int,
     started: float,
     workers: Workers = ALONE,
+    check: Callable[[], None] = unasked,
 ) -> Iterator[StepEvent]:
-    """The steps of the run from ``done`` + 1 on."""
+    """The steps of the run from ``done`` + 1 on; what ``check`` raises abandons the one at hand."""
     return train_steps(
         parts.passes,
         list(named_trainable(parts.model).values()),
@@ -89,4 +91,5 @@ def steps_after(
         started=started,
         workers=workers,
         steps_done=done,
+        check=check,
     )

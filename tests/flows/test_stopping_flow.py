@@ -1,6 +1,9 @@
 """What stops a run: numbers that are not finite, Ctrl-C, SIGTERM. What was saved before stays good."""
 
+import atexit
+import gc
 import itertools
+import json
 import math
 import shutil
 import signal
@@ -12,12 +15,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import tunesmith.config.load
 import tunesmith.run
 import tunesmith.run_steps
+import tunesmith.training.stop
 from flow_parts import (
     LORA,
     checkpoint_steps,
     events,
+    finetune,
     refused_run,
     report,
     runs_in,
@@ -26,8 +32,10 @@ from flow_parts import (
     tensors,
     write_config,
 )
-from tunesmith.checkpoints.manifest import verify
+from resume_parts import equal, made, step_figures
+from tunesmith.checkpoints.manifest import read_manifest, verify
 from tunesmith.cli import main
+from tunesmith.models.kernels import decoder
 
 pytestmark = pytest.mark.flow
 
@@ -91,11 +99,14 @@ def interrupted(run: Path, code: int, err: str, reason: str) -> None:
     if steps:
         assert checkpoint_steps(run) == [steps]
         verify(run / "best")
-        kept = f"the best checkpoint is {run}/checkpoints/step-{steps:06d}"
+        folder = run / "checkpoints" / f"step-{steps:06d}"
+        kept = f"saved is {folder.name}, the best checkpoint is {folder}"
     else:
         assert not (run / "checkpoints").exists()
         kept = "nothing had been saved yet"
-    assert err == f"Stopped: {run}: {reason} after step {steps}; {kept}\n"
+    told, _, command = err.partition("; go on with: ")
+    assert told == f"Stopped: {run}: {reason} after step {steps}; {kept}"
+    assert command.endswith(f"tunesmith finetune --resume {run}\n")
 
 
 NEVER = {"unit": "steps", "frequency": 1_000_000}
@@ -116,7 +127,7 @@ def test_ctrl_c_saves_the_last_step_and_ends_the_run(tmp_path, tiny, rows):
 
 def signal_in(monkeypatch, name: str, number: int, call: int) -> None:
     """Let the process get a signal at the given call of a function of the run."""
-    owner = tunesmith.run if hasattr(tunesmith.run, name) else tunesmith.run_steps
+    owner = next(module for module in (tunesmith.run, tunesmith.run_steps, decoder) if hasattr(module, name))
     original, calls = getattr(owner, name), itertools.count(1)
 
     def wrapped(*arguments, **more):
@@ -146,7 +157,9 @@ def test_sigterm_saves_the_last_step_and_ends_the_run(
     if place == "learning_rate_at":  # keeps one: the scored checkpoint of step 3, and the newest
         assert checkpoint_steps(run) == [3, 4]
         shutil.rmtree(run / "checkpoints" / "step-000003")
-        best = capfd.readouterr().err.replace("step-000003", "step-000004")
+        best = capfd.readouterr().err.replace(
+            "is " + str(run / "checkpoints/step-000003"), "is " + str(run / "checkpoints/step-000004")
+        )
     else:
         best = capfd.readouterr().err
     interrupted(run, code, best, reason)
@@ -160,6 +173,95 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(tmp_path, tiny, row
     (run,) = runs_in(tmp_path / "outputs")
     assert events(run, "eval") == []
     interrupted(run, code, capfd.readouterr().err, "SIGINT")
+
+
+def same_as_unbroken(run: Path, whole: Path) -> None:
+    """Checks that a resumed run left what one left that nobody stopped."""
+    assert step_figures(run) == step_figures(whole)
+    losses, wanted = ({e["step"]: e["eval_loss"] for e in events(one, "eval")} for one in (run, whole))
+    assert losses == wanted
+    last = f"checkpoints/step-{report(whole)['steps']:06d}"
+    for part in (last, f"{last}/training", "best"):
+        assert equal(tensors(run / part), tensors(whole / part))
+    assert read_manifest(run / "best").step == read_manifest(whole / "best").step
+    for key in ("status", "steps", "eval_loss", "before", "after"):
+        assert report(run)[key] == report(whole)[key]
+
+
+def stopped_and_resumed(folder: Path, model: Path, rows: Path, **settings) -> Path:
+    """A run that a signal, sent by what the caller has patched, stops, and that then goes on to its end."""
+    config = write_config(folder / "config.yaml", settings_for(folder, model, rows, **settings))
+    assert main(["finetune", str(config)]) == 130
+    (run,) = runs_in(folder / "outputs")
+    assert report(run)["status"] == "interrupted"
+    assert main(["finetune", str(config), "--resume", "auto"]) == 0
+    return run
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_step_that_takes_long_is_abandoned_and_done_again(tmp_path, tiny, rows, monkeypatch, lora, step):
+    settings = {
+        "num_epochs": 2,
+        "seed": 5,
+        **({"lora_config": {**LORA, "lora_dropout": 0.1}} if lora else {}),
+    }
+    whole = finetune(made(tmp_path / "whole"), tiny, rows, **settings)
+    monkeypatch.setattr(tunesmith.training.stop, "PATIENCE_SECONDS", -1)
+    signal_in(monkeypatch, "layer_backward", signal.SIGTERM, (step - 1) * tiny_layers(tiny) + 1)
+    run = stopped_and_resumed(made(tmp_path / "broken"), tiny, rows, **settings)
+    assert report(run)["resumed_at"] == [step - 1]
+    same_as_unbroken(run, whole)
+
+
+def tiny_layers(model: Path) -> int:
+    return int(json.loads((model / "config.json").read_text())["num_hidden_layers"])
+
+
+@pytest.mark.parametrize("call", [1, 2])  # of 2: the second is the last step's, with which the run would end
+def test_an_evaluation_that_a_signal_has_ended_is_made_up_for(tmp_path, tiny, rows, monkeypatch, call):
+    settings = {"num_epochs": 2, "lora_config": LORA}
+    whole = finetune(made(tmp_path / "whole"), tiny, rows, **settings)
+    signal_in(monkeypatch, "score_heldout", signal.SIGTERM, call)
+    run = stopped_and_resumed(made(tmp_path / "broken"), tiny, rows, **settings)
+    assert report(run)["resumed_at"] == [3 * call]
+    same_as_unbroken(run, whole)
+
+
+def test_a_second_signal_ends_saving_and_leaves_what_was_saved_before(
+    tmp_path, tiny, rows, monkeypatch, capfd
+):
+    settings = {"num_epochs": 2, "lora_config": LORA}
+    whole = finetune(made(tmp_path / "whole"), tiny, rows, **settings)
+    monkeypatch.setattr(tunesmith.training.stop, "ONE_SIGNAL_SECONDS", -1)
+    signal_in(monkeypatch, "learning_rate_at", signal.SIGINT, 4)
+    signal_in(monkeypatch, "save_servable", signal.SIGINT, 2)
+    capfd.readouterr()
+    run = stopped_and_resumed(made(tmp_path / "broken"), tiny, rows, **settings)
+    assert "stopped after step 4; saved is step-000003, " in capfd.readouterr().err
+    assert report(run)["resumed_at"] == [3]
+    same_as_unbroken(run, whole)
+
+
+def test_a_run_stopped_while_its_result_is_forwarded_is_not_finished(
+    tmp_path, tiny, rows, monkeypatch, capfd
+):
+    signal_in(monkeypatch, "forward_best", signal.SIGTERM, 1)
+    run = stopped_and_resumed(tmp_path, tiny, rows, lora_config=LORA)
+    assert "Stopped: " in (err := capfd.readouterr().err)
+    assert f"tunesmith finetune --resume {run}" in err
+    assert list((tmp_path / "outputs" / "lora_fine_tuning").glob("*/adapter_model.safetensors"))
+
+
+def test_sigterm_before_anything_is_imported(tmp_path, tiny, rows, monkeypatch, capfd):
+    monkeypatch.setattr(
+        tunesmith.config.load, "load_config", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+    )
+    at_exit: list[object] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    assert main(["finetune", "my.yaml"]) == 130
+    assert at_exit == [gc.freeze]  # so that the end of the process does not take seconds
+    assert capfd.readouterr().err.strip() == "Interrupted."
 
 
 def test_ctrl_c_before_there_is_a_run(tmp_path, tiny, rows, monkeypatch, capfd):

@@ -37,6 +37,20 @@ def finetune(
 
     With --resume RUN the CONFIG may be left out: it is then the run's own.
     """
+    from tunesmith.training.stop import terminate_as_interrupt
+
+    with terminate_as_interrupt():  # from now on: what follows imports for seconds
+        _finetune(config, overrides, default, resume, force_resume, skip_bad_rows)
+
+
+def _finetune(
+    config: str | None,
+    overrides: tuple[str, ...],
+    default: bool,
+    resume: str | None,
+    force_resume: bool,
+    skip_bad_rows: bool,
+) -> None:
     if force_resume and resume is None:
         raise ConfigError("--force-resume", "has no effect without --resume", "name the run, or leave it out")
     if config is None and resume not in (None, "auto"):

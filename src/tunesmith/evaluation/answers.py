@@ -61,10 +61,11 @@ def greedy_answers(
     max_new_tokens: int,
     workers: Workers = ALONE,
     on_progress: Callable[[int, int], None] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """The most likely continuation of each prompt, token by token, as text.
 
-    Workers share the questions out; those that must keep in step all answer all of them.
+    Workers share the questions out; those that must keep in step all answer all of them. What ``check`` raises ends it.
     """
     if not workers.in_step:
         questions = questions[workers.rank :: workers.world]
@@ -77,6 +78,7 @@ def greedy_answers(
         stop_strings=stop_strings,
         decode=lambda ids: str(tokenizer.decode(ids)),
         on_progress=on_progress,
+        check=check,
     )
     texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
     texts = [cut_at_stop(text, stop_strings) for text in texts]

@@ -56,6 +56,7 @@ def generate_greedy(
     on_progress: Callable[[int, int], None] | None = None,
     stop_strings: Sequence[str] = (),
     decode: Callable[[Sequence[int]], str] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Continue each prompt with the most likely tokens.
 
@@ -73,6 +74,7 @@ def generate_greedy(
         stop_strings: an answer also ends with the token that completes one of these. That token stays,
             since a stop string may start inside a token: cut the decoded text with ``cut_at_stop``.
         decode: token ids to text; needed for ``stop_strings``.
+        check: called before each pass through the model; what it raises ends the generation.
 
     Returns:
         The new token ids of each prompt, in the order of ``prompts``, without prompt and stop token.
@@ -97,7 +99,7 @@ def generate_greedy(
     with _evaluation_mode(model), torch.inference_mode():
         for group in groups([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
             batch = [(prompts[row], answers[row]) for row in group]
-            for finished in _generate_batch(model, batch, rule, pad_token_id):
+            for finished in _generate_batch(model, batch, rule, pad_token_id, check):
                 done += finished
                 if on_progress is not None:
                     on_progress(done, len(prompts))
@@ -126,6 +128,7 @@ def _generate_batch(
     batch: Sequence[tuple[Sequence[int], list[int]]],
     rule: _StopRule,
     pad_token_id: int,
+    check: Callable[[], None],
 ) -> Iterator[int]:
     """Fill the answers of one batch of (prompt, answer), yielding how many rows each step finished."""
     device = computing_device(model)
@@ -143,6 +146,7 @@ def _generate_batch(
     while True:
         chosen = []
         for part in stretches:
+            check()
             output = model(
                 input_ids=input_ids[part],
                 attention_mask=mask[part, :width],

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.models.batches import MicroBatches
-from tunesmith.models.passes import Passes
+from tunesmith.models.passes import Passes, unasked
 from tunesmith.training.workers import ALONE, Workers
 
 
@@ -35,6 +35,7 @@ def row_loss(
     micro_batches: MicroBatches,
     workers: Workers = ALONE,
     on_progress: Callable[[int, int], None] | None = None,
+    check: Callable[[], None] = unasked,
 ) -> RowLosses:
     """-log p of the trained tokens of ``rows``.
 
@@ -45,13 +46,15 @@ def row_loss(
             one's share.
         workers: who scores together; each gets the losses of all rows.
         on_progress: called with rows done and rows in all.
+        check: called before each micro-batch and each layer in it; what it raises ends the scoring.
     """
     done = 0
     tokens = rows.trained_counts
     totals: list[float] = []
     sums = np.zeros(len(rows))
     for batch in micro_batches(rows, range(len(rows))):
-        losses = passes.losses(batch)
+        check()
+        losses = passes.losses(batch, check)
         if not batch.members:
             continue  # others have something to do: this worker only keeps in step
         starts = np.concatenate([[0], np.cumsum(tokens[list(batch.members)])])[:-1]

@@ -9,7 +9,7 @@ from tunesmith.evaluation.answers import Question, greedy_answers
 from tunesmith.evaluation.heldout import perplexity, score_answers
 from tunesmith.evaluation.row_loss import RowLosses, row_loss
 from tunesmith.models.batches import MicroBatches
-from tunesmith.models.passes import Passes
+from tunesmith.models.passes import Passes, unasked
 from tunesmith.models.stops import Stops
 from tunesmith.tracking.events import Score
 from tunesmith.training.workers import ALONE, Workers
@@ -55,6 +55,7 @@ def score_heldout(
     label: str,
     workers: Workers = ALONE,
     on_progress: OnProgress,
+    check: Callable[[], None] = unasked,
 ) -> Scored:
     """Score a model on rows and questions.
 
@@ -64,6 +65,7 @@ def score_heldout(
         seed: of the bootstrap, where the metric needs one.
         workers: who scores together; all get the score of all rows and questions.
         label, on_progress: ``on_progress(f"{label}: loss", done, total)``.
+        check: called often; what it raises ends the scoring.
     """
     losses = row_loss(
         passes,
@@ -71,6 +73,7 @@ def score_heldout(
         micro_batches=micro_batches,
         workers=workers,
         on_progress=lambda done, total: on_progress(f"{label}: loss", done, total),
+        check=check,
     )
     loss = losses.mean
     base = Score(len(heldout.rows), loss, perplexity(loss))
@@ -87,6 +90,7 @@ def score_heldout(
         max_new_tokens=heldout.max_new_tokens,
         workers=workers,
         on_progress=lambda done, total: on_progress(f"{label}: answers", done, total),
+        check=check,
     )
     expected = [question.expected for question in heldout.questions]
     metric = score_answers(expected, answers, heldout.metric, seed=seed)

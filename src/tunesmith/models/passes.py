@@ -1,7 +1,8 @@
 """How losses and gradients of a micro-batch are computed: by the kernels, or by the model and autograd."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,10 @@ from tunesmith.native import is_compiled
 BY_HAND = "kernels: each layer forward and backward by hand"
 
 
+def unasked() -> None:
+    """The ``check`` of a pass that nothing is to break off."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """``total``: sum of token losses of a micro-batch. Times in seconds."""
@@ -32,11 +37,14 @@ class Pass:
 class Passes(Protocol):
     """Evaluation and training of one model on micro-batches."""
 
-    def losses(self, batch: Batch) -> torch.Tensor:
-        """-log p of every trained token, shape (trained tokens,), without dropout."""
+    def losses(self, batch: Batch, check: Callable[[], None] = unasked) -> torch.Tensor:
+        """-log p of every trained token, shape (trained tokens,), without dropout; ``check`` as of ``train``."""
 
-    def train(self, batch: Batch, scale: float) -> Pass:
-        """Add the gradients of ``scale`` times the sum of the token losses to ``.grad`` of what is trained."""
+    def train(self, batch: Batch, scale: float, check: Callable[[], None] = unasked) -> Pass:
+        """Add the gradients of ``scale`` times the sum of the token losses to ``.grad`` of what is trained.
+
+        ``check`` is called as often as the way of computing allows; what it raises leaves gradients half made.
+        """
 
     def rest(self) -> None:
         """Hold no memory until the next call: something else needs it."""
@@ -48,26 +56,49 @@ class AutogradPasses:
     def __init__(self, model: Any, autocast: torch.dtype | None = None) -> None:
         self._model, self._autocast = model, autocast
 
-    def losses(self, batch: Batch) -> torch.Tensor:
+    def losses(self, batch: Batch, check: Callable[[], None] = unasked) -> torch.Tensor:
         was_training = self._model.training
         self._model.eval()
         try:
             # No inference mode: what a split model gathers first would not do for training later.
-            with torch.no_grad():
+            with torch.no_grad(), _asked_at_layers(self._model, check):
                 return token_losses(self._model, batch, self._autocast)
         finally:
             self._model.train(was_training)
 
-    def train(self, batch: Batch, scale: float) -> Pass:
+    def train(self, batch: Batch, scale: float, check: Callable[[], None] = unasked) -> Pass:
         begun = time.perf_counter()
         self._model.train()
-        loss = token_losses(self._model, batch, self._autocast).sum()
-        total, between = float(loss.detach()), time.perf_counter()
-        (loss * scale).backward()
+        with _asked_at_layers(self._model, check):
+            loss = token_losses(self._model, batch, self._autocast).sum()
+            total, between = float(loss.detach()), time.perf_counter()
+            (loss * scale).backward()
         return Pass(total, between - begun, time.perf_counter() - between)
 
     def rest(self) -> None:
         """Autograd frees what it saved by itself."""
+
+
+@contextmanager
+def _asked_at_layers(model: Any, check: Callable[[], None]) -> Iterator[None]:
+    """Within the block ``check`` is called after each layer of ``model``, and again on the way back."""
+    if check is unasked:  # a split model gathers around its layers, and is not to be disturbed there
+        yield
+        return
+
+    def ask(_layer: Any, _inputs: Any, output: Any) -> None:
+        check()
+        hidden = output[0] if isinstance(output, tuple) else output
+        if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            hidden.register_hook(lambda _gradient: check())
+
+    layers = [layer for part in model.modules() if isinstance(part, torch.nn.ModuleList) for layer in part]
+    hooks = [layer.register_forward_hook(ask) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class KernelPasses:
@@ -87,18 +118,18 @@ class KernelPasses:
         self._scratch.release()
         self._rests = True
 
-    def losses(self, batch: Batch) -> torch.Tensor:
+    def losses(self, batch: Batch, check: Callable[[], None] = unasked) -> torch.Tensor:
         assert isinstance(batch, PackedBatch)
         # No inference mode: its tensors could not be written to again in training.
         with torch.no_grad():
-            return kernel_losses(read_decoder(self._model), batch, self._scratch)
+            return kernel_losses(read_decoder(self._model), batch, self._scratch, check)
 
-    def train(self, batch: Batch, scale: float) -> Pass:
+    def train(self, batch: Batch, scale: float, check: Callable[[], None] = unasked) -> Pass:
         assert isinstance(batch, PackedBatch)
         begun = time.perf_counter()
         if self._rests:
             self.reserve(self._reserved)
-        losses = loss_and_gradients(read_decoder(self._model), batch, scale, self._scratch)
+        losses = loss_and_gradients(read_decoder(self._model), batch, scale, self._scratch, check)
         return Pass(float(losses.sum()), 0.0, time.perf_counter() - begun)
 
 

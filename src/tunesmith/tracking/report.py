@@ -74,7 +74,9 @@ def _write_whole(path: Path, data: bytes) -> None:
             os.fsync(folder)  # the new name itself must survive a power cut
         finally:
             os.close(folder)
-    except OSError as error:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         fault = f"cannot be written ({error.strerror or error})"
         raise OutputError(str(path), fault, "free space or choose another output_dir") from error

@@ -18,7 +18,7 @@ from tunesmith.data.order import step_rows, stream_seed
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.batches import MicroBatches
-from tunesmith.models.passes import Passes
+from tunesmith.models.passes import Passes, unasked
 from tunesmith.tracking.events import StepEvent
 from tunesmith.training.schedule import StepPlan
 from tunesmith.training.worker_times import tell_share
@@ -41,6 +41,7 @@ def train_steps(
     steps_done: int = 0,
     flops_per_token: Callable[[int, int], float] | None = None,
     peak_flops: float | None = None,
+    check: Callable[[], None] = unasked,
 ) -> Iterator[StepEvent]:
     """Train, yielding after each optimizer step.
 
@@ -59,6 +60,8 @@ def train_steps(
         steps_done: steps that an earlier process has done; the first step here is the one after.
         started: ``time.perf_counter()`` at the start of the run, for ``time_total_s``.
         flops_per_token, peak_flops: for the model FLOPs utilisation; (real, trained) tokens -> FLOPs.
+        check: called often while gradients are made. What it raises abandons the step: parameters and moments are as
+            after the step before.
 
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite; parameters are as after the step before.
@@ -75,9 +78,10 @@ def train_steps(
             total, forward_time, backward_time = 0.0, 0.0, 0.0
             for turn, batch in enumerate(micro_batches(rows, chosen)):
                 number = workers.rank + turn * workers.world
+                check()
                 torch.manual_seed(stream_seed(seed, "dropout", step, number))
                 # Divided here by the count of the whole step, gradients simply add up to the step's mean.
-                done = passes.train(batch, 1 / trained_tokens)
+                done = passes.train(batch, 1 / trained_tokens, check)
                 total += done.total
                 forward_time += done.forward_seconds
                 backward_time += done.backward_seconds

@@ -250,6 +250,13 @@ def test_an_interruption_passes_through_and_restores_the_mode():
     assert torch.is_grad_enabled()
 
 
+def test_it_is_asked_before_each_pass_whether_to_go_on(llama):
+    """Also while no prompt is done, for which ``on_progress`` has nothing to say."""
+    calls: list[None] = []
+    generate(llama, [[5, 6, 7]], stop_token_ids=[], max_new_tokens=4, check=lambda: calls.append(None))
+    assert len(calls) == 4
+
+
 def test_nan_logits_are_an_error():
     broken = tiny_model("llama")
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tunesmith.data.order import step_rows
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.batches import MicroBatches, packed_batches, padded_batches, prepare_packing
-from tunesmith.models.passes import AutogradPasses
+from tunesmith.models.passes import AutogradPasses, KernelPasses
 from tunesmith.tracking.events import StepEvent
 from tunesmith.training.loop import train_steps
 from tunesmith.training.optim import adamw
@@ -172,3 +173,58 @@ def test_a_non_finite_gradient_stops_too():
     model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(NonFiniteError, match="gradient is not finite"):
         run(model, token_budget=64)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_an_abandoned_step_leaves_all_as_after_the_step_before(kernels: bool):
+    def trained(call: int | None) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+        """Parameters and moments after step 1, or after a step 2 in which the given ``check`` says no."""
+        model, calls, done = tiny_model(), 0, 0
+        assert prepare_packing(model, ROWS, 2)[0]
+        parameters = list(model.parameters())
+        optimizer = adamw(parameters, betas=(0.9, 0.99), epsilon=1e-8, weight_decay=0.1)
+
+        def check() -> None:
+            nonlocal calls
+            calls += done == 1
+            if calls == call:
+                raise Stopped
+
+        steps = train_steps(
+            KernelPasses(model) if kernels else AutogradPasses(model), parameters, ROWS, plan_steps(7, 3, 2, 1),
+            optimizer, learning_rate_at=lambda step: RATE / step, max_grad_norm=1.0,
+            micro_batches=packed_batches(1, CPU), seed=7, started=0.0, check=check,
+        )  # fmt: skip
+        with suppress(Stopped):
+            for _ in steps:
+                done += 1
+                if call is None:
+                    break
+        assert done == 1
+        return parameters, [dict(optimizer.state[p]) for p in parameters]
+
+    weights, moments = trained(None)
+    each = 1 + 2 * len(tiny_model().model.layers)  # of a micro-batch, of which there are three
+    for call in (1, 2, each, each + 1, 3 * each):
+        others, their_moments = trained(call)
+        assert all(map(torch.equal, weights, others))
+        for one, other in zip(moments, their_moments, strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("kind", [KernelPasses, AutogradPasses])
+def test_a_pass_asks_at_each_layer_whether_to_go_on(kind: type):
+    model = tiny_model()
+    assert prepare_packing(model, ROWS, 2)[0]
+    (batch,) = packed_batches(10_000, CPU)(ROWS, range(len(ROWS)))
+    calls: list[None] = []
+    passes, layers = kind(model), len(model.model.layers)
+    passes.losses(batch, lambda: calls.append(None))
+    assert len(calls) == layers
+    passes.train(batch, 1.0, lambda: calls.append(None))
+    assert len(calls) == 3 * layers
+    assert not any(layer._forward_hooks for layer in model.model.layers)

@@ -49,11 +49,17 @@ class Decoder:
     saves_activations: bool
 
 
-def token_losses(decoder: Decoder, batch: PackedBatch, scratch: Scratch) -> torch.Tensor:
-    """-log p of every trained token, shape (trained tokens,), as the model in evaluation mode gives them."""
+def token_losses(
+    decoder: Decoder, batch: PackedBatch, scratch: Scratch, check: Callable[[], None] = lambda: None
+) -> torch.Tensor:
+    """-log p of every trained token, shape (trained tokens,), as the model in evaluation mode gives them.
+
+    ``check`` is called before each layer; what it raises ends the pass.
+    """
     tokens = _tokens(decoder, batch)
     x = _embed(decoder, batch, scratch)
     for number, layer in enumerate(decoder.layers):
+        check()
         kept = batch.sources if layer is decoder.layers[-1] else None
         y = _state(number + 1, number % 2, kept, x, scratch)
         layer_forward(x, y, layer, tokens, kept, Dropped(), 0, scratch)
@@ -63,13 +69,19 @@ def token_losses(decoder: Decoder, batch: PackedBatch, scratch: Scratch) -> torc
     return head_losses(hidden, batch.targets, decoder.head, scratch, gradient_scale=None)[0]
 
 
-def loss_and_gradients(decoder: Decoder, batch: PackedBatch, scale: float, scratch: Scratch) -> torch.Tensor:
-    """Token losses in training mode, and the gradients of ``scale`` times their sum added to ``.grad``."""
+def loss_and_gradients(
+    decoder: Decoder, batch: PackedBatch, scale: float, scratch: Scratch, check: Callable[[], None] = lambda: None
+) -> torch.Tensor:  # fmt: skip
+    """Token losses in training mode, and the gradients of ``scale`` times their sum added to ``.grad``.
+
+    ``check`` is called before each layer in either direction; what it raises leaves gradients half made.
+    """
     with torch.no_grad():
         tokens = _tokens(decoder, batch)
         x = _embed(decoder, batch, scratch)
         saved: list[Callable[[], Saved]] = []
         for number, layer in enumerate(decoder.layers):
+            check()
             kept = batch.sources if layer is decoder.layers[-1] else None
             y = _state(number + 1, number + 1, kept, x, scratch)
             forward = _forward(x, y, layer, tokens, kept, number if decoder.saves_activations else 0, scratch)
@@ -85,6 +97,7 @@ def loss_and_gradients(decoder: Decoder, batch: PackedBatch, scale: float, scrat
         rms_norm_backward(dhidden, x, inverse, decoder.norm.weight, dx, scratch)
         first = _first_trained(decoder)
         for number in reversed(range(first, len(decoder.layers))):
+            check()
             assert dx is not None
             dx = layer_backward(
                 dx, saved.pop()(), decoder.layers[number], tokens, scratch,
