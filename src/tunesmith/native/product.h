@@ -77,43 +77,52 @@ static inline __attribute__((always_inline)) void product_tile(
 /* The first row of block b of so many. */
 static inline long block_start(long b, long blocks, long rows) { return b * rows / blocks; }
 
-/* x as blocks of (width, rows), one after the other. */
-static void lay_out_rows(const float *x, long ldx, float *laid, long rows, long width)
+/* Columns begin to end of a block of rows of x as (width, rows). */
+static void lay_out_rows(const float *x, long ldx, float *laid, long rows, long begin, long end)
 {
-    for (long k = 0; k < width; k++)
+    for (long k = begin; k < end; k++)
         for (long i = 0; i < rows; i++)
             laid[k * rows + i] = x[i * ldx + k];
+}
+
+static inline long row_blocks(long rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
+
+/* Panel p of the result, all blocks of rows. */
+static __attribute__((noinline)) void product_panel(
+    const float *laid, const float *panels, const float *bias, float *out, long ldo, long rows, long width, long columns,
+    long add, long p)
+{
+    const float *panel = panels + p * width * PANEL, *c = bias ? bias + p * PANEL : NULL;
+    long wanted = columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL, blocks = row_blocks(rows);
+    for (long b = 0; b < blocks; b++) {
+        long first = block_start(b, blocks, rows);
+        const float *block = laid + first * width;
+        float *to = out + first * ldo + p * PANEL;
+        switch (block_start(b + 1, blocks, rows) - first) {
+#define TILE(m) \
+    case m: \
+        product_tile(block, panel, c, to, ldo, width, wanted, add, m); \
+        break;
+            EACH_ROWS(TILE)
+#undef TILE
+        }
+    }
 }
 
 /* out (rows, columns) (+)= x W' + bias. laid: room for x once more; bias may be NULL. */
 void product_float(const float *x, long ldx, const float *panels, const float *bias, float *out, long ldo, float *laid,
                    long rows, long width, long columns, long add, long threads)
 {
-    long blocks = (rows + MOST_ROWS - 1) / MOST_ROWS, count = (columns + PANEL - 1) / PANEL;
+    long blocks = row_blocks(rows), count = (columns + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1)
     for (long b = 0; b < blocks; b++) {
         long first = block_start(b, blocks, rows), end = block_start(b + 1, blocks, rows);
-        lay_out_rows(x + first * ldx, ldx, laid + first * width, end - first, width);
+        lay_out_rows(x + first * ldx, ldx, laid + first * width, end - first, 0, width);
     }
     /* Threads share the machine with others: who is late gets less. */
 #pragma omp parallel for schedule(guided) num_threads(threads)
-    for (long p = 0; p < count; p++) {
-        const float *panel = panels + p * width * PANEL, *c = bias ? bias + p * PANEL : NULL;
-        long wanted = columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL;
-        for (long b = 0; b < blocks; b++) {
-            long first = block_start(b, blocks, rows);
-            const float *block = laid + first * width;
-            float *to = out + first * ldo + p * PANEL;
-            switch (block_start(b + 1, blocks, rows) - first) {
-#define TILE(m) \
-    case m: \
-        product_tile(block, panel, c, to, ldo, width, wanted, add, m); \
-        break;
-                EACH_ROWS(TILE)
-#undef TILE
-            }
-        }
-    }
+    for (long p = 0; p < count; p++)
+        product_panel(laid, panels, bias, out, ldo, rows, width, columns, add, p);
 }
 
 /* W (columns, width) laid out. */
