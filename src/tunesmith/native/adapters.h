@@ -35,27 +35,6 @@ typedef struct {
     const lora_term *terms; /* one for each group of the model */
 } lora_segment;
 
-typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int quad_places __attribute__((vector_size(16)));
-#if defined(__clang__)
-#define PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-#define PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, (quad_places){i, j, k, l})
-#endif
-
-/* The sums of four vectors' numbers. */
-static inline quad sums_of(const float_vector *v)
-{
-    quad s[4];
-    for (int i = 0; i < 4; i++) {
-        union { float_vector whole; quad parts[4]; } u = {v[i]};
-        s[i] = (u.parts[0] + u.parts[1]) + (u.parts[2] + u.parts[3]);
-    }
-    quad left = PICK(s[0], s[1], 0, 4, 1, 5) + PICK(s[0], s[1], 2, 6, 3, 7);
-    quad right = PICK(s[2], s[3], 0, 4, 1, 5) + PICK(s[2], s[3], 2, 6, 3, 7);
-    return PICK(left, right, 0, 1, 4, 5) + PICK(left, right, 2, 3, 6, 7);
-}
-
 /* Numbers that are no whole vector, and zeros. */
 static inline void first_numbers(const float *from, long count, float_vector *v)
 {
@@ -132,7 +111,7 @@ static void expand_panel(const lora_segment *segments, long count, long group, c
                 continue;
             const float *b = part->b + begin - part->start;
             for (long r = 0; r < part->rank; r++) /* of the next panel */
-                __builtin_prefetch(b + r * part->columns + PANEL);
+                __builtin_prefetch(b + r * part->columns + PANEL, 0, 2);
             for (long i = segments[s].first; i < segments[s].first + segments[s].rows; i++) {
                 const float *factors = shrunk + i * lds + part->first;
                 float *to = out + i * ldo + begin;

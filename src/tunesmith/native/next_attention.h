@@ -6,6 +6,15 @@
    vectors. A head's numbers depend on its own request alone. */
 
 #define KEYS 64 /* tokens of a block */
+#define AHEAD_KEYS 16
+/* Heads whose sums are in registers together, so that a key or value is loaded once for them. */
+#if defined(__AVX512F__)
+#define HEADS 4
+#define EACH_HEADS(DO) DO(1) DO(2) DO(3) DO(4)
+#else
+#define HEADS 1
+#define EACH_HEADS(DO) DO(1)
+#endif
 
 /* Queries, sums and a block of padded keys or values; scores. ``most``: tokens that a request can have. */
 #define WHOLE(n) (((n) + 15) / 16 * 16)
@@ -37,43 +46,72 @@ static const float *padded_block(const float *from, long stride, long tokens, lo
     return room;
 }
 
-/* Scores of one head with the tokens of a block; vectors, of a head, is a constant where this is inlined. */
+/* Ask for the heads of some tokens, size numbers each, ``stride`` apart. */
+static void ask_for(const float *from, long stride, long tokens, long size)
+{
+    for (long t = 0; t < tokens; t++)
+        for (long j = 0; j < size; j += 16)
+            __builtin_prefetch(from + t * stride + j, 0, 2);
+}
+
+/* Scores of some heads with the tokens of a block. heads is a constant where this is inlined. */
 static inline __attribute__((always_inline)) void score_block(
-    const float *query, const float *keys, long stride, long tokens, float *scores, const long vectors)
+    const float *queries, long padded, const float *keys, long stride, long tokens, float *scores, long step,
+    const int heads)
 {
     for (long t = 0; t < tokens; t += 4) {
-        float_vector sums[4];
+        float_vector sums[HEADS][4] = {{{0}}};
+        const float *key[4];
+        for (long i = 0; i < 4; i++) /* the last is read again where there are no more */
+            key[i] = keys + (t + i < tokens ? t + i : tokens - 1) * stride;
+        for (long j = 0; j < padded; j += 16)
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            const float *key = keys + (t + i < tokens ? t + i : tokens - 1) * stride;
-            float_vector sum = *(const float_vector *)query * *(const float_vector *)key;
-#pragma GCC unroll 8
-            for (long v = 1; v < vectors; v++)
-                sum += *(const float_vector *)(query + 16 * v) * *(const float_vector *)(key + 16 * v);
-            sums[i] = sum;
-        }
-        *(quad *)(scores + t) = sums_of(sums);
+            for (int i = 0; i < 4; i++) {
+                float_vector of_key = *(const float_vector *)(key[i] + j);
+#pragma GCC unroll 4
+                for (int e = 0; e < heads; e++)
+                    sums[e][i] += *(const float_vector *)(queries + e * padded + j) * of_key;
+            }
+        for (int e = 0; e < heads; e++)
+            *(quad *)(scores + e * step + t) = sums_of(sums[e]);
     }
 }
 
-/* sums += weights times the values of a block. */
-static inline __attribute__((always_inline)) void sum_block(
-    const float *weights, const float *values, long stride, long tokens, float *sums, const long vectors)
+/* sums += weights times some vectors of the values of a block, for some heads; both are constants when inlined. */
+static inline __attribute__((always_inline)) void sum_vectors(
+    const float *weights, long step, const float *values, long stride, long tokens, float *sums, long padded,
+    const int heads, const int vectors)
 {
-    float_vector kept[8] = {{0}};
-    for (long v0 = 0; v0 < vectors; v0 += 8) { /* as many as there are registers for */
-        const long many = vectors - v0 < 8 ? vectors - v0 : 8;
-#pragma GCC unroll 8
-        for (long v = 0; v < many; v++)
-            kept[v] = *(float_vector *)(sums + 16 * (v0 + v));
-        for (long t = 0; t < tokens; t++)
-#pragma GCC unroll 8
-            for (long v = 0; v < many; v++)
-                kept[v] += weights[t] * *(const float_vector *)(values + t * stride + 16 * (v0 + v));
-#pragma GCC unroll 8
-        for (long v = 0; v < many; v++)
-            *(float_vector *)(sums + 16 * (v0 + v)) = kept[v];
-    }
+    float_vector kept[HEADS][4];
+#pragma GCC unroll 4
+    for (int e = 0; e < heads; e++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            kept[e][v] = *(float_vector *)(sums + e * padded + 16 * v);
+    for (long t = 0; t < tokens; t++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            float_vector value = *(const float_vector *)(values + t * stride + 16 * v);
+#pragma GCC unroll 4
+            for (int e = 0; e < heads; e++)
+                kept[e][v] += weights[e * step + t] * value;
+        }
+#pragma GCC unroll 4
+    for (int e = 0; e < heads; e++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            *(float_vector *)(sums + e * padded + 16 * v) = kept[e][v];
+}
+
+static inline __attribute__((always_inline)) void sum_block(
+    const float *weights, long step, const float *values, long stride, long tokens, float *sums, long padded,
+    const int heads)
+{
+    long j = 0;
+    for (; j + 64 <= padded; j += 64)
+        sum_vectors(weights, step, values + j, stride, tokens, sums + j, padded, heads, 4);
+    for (; j < padded; j += 16)
+        sum_vectors(weights, step, values + j, stride, tokens, sums + j, padded, heads, 1);
 }
 
 /* Scores become e^(s - the greatest); returns their sum, by which the values' sum is divided at the end. */
@@ -98,7 +136,7 @@ static void attend_next(const float *query, const float *cache, long stride, lon
                         long each, long size, long most, const float *cos, const float *sin, float scale, float *out,
                         float *room)
 {
-    long padded = WHOLE(size), vectors = padded / 16, step = WHOLE(most), found;
+    long padded = WHOLE(size), step = WHOLE(most), found;
     float *queries = room, *sums = queries + each * padded, *block = sums + each * padded;
     float *scores = block + KEYS * padded;
     memset(room, 0, (size_t)(2 * each * padded) * sizeof *room);
@@ -106,14 +144,17 @@ static void attend_next(const float *query, const float *cache, long stride, lon
         rotate_head(query + e * size, queries + e * padded, cos, sin, size, scale);
     for (long t = first; t <= last; t += KEYS) {
         long tokens = last + 1 - t < KEYS ? last + 1 - t : KEYS;
+        ask_for(cache + to_value + t * stride, stride, tokens, size);
         const float *keys = padded_block(cache + t * stride, stride, tokens, size, block, &found);
-        for (long e = 0; e < each; e++) {
-            float *to = scores + e * step + t - first;
-            if (vectors == 4)
-                score_block(queries + e * padded, keys, found, tokens, to, 4);
-            else
-                score_block(queries + e * padded, keys, found, tokens, to, vectors);
-        }
+        for (long e = 0; e < each; e += HEADS)
+            switch (each - e < HEADS ? each - e : HEADS) {
+#define SCORES(n) \
+    case n: \
+        score_block(queries + e * padded, padded, keys, found, tokens, scores + e * step + t - first, step, n); \
+        break;
+                EACH_HEADS(SCORES)
+#undef SCORES
+            }
     }
     float all[each];
     for (long e = 0; e < each; e++)
@@ -121,13 +162,15 @@ static void attend_next(const float *query, const float *cache, long stride, lon
     for (long t = first; t <= last; t += KEYS) {
         long tokens = last + 1 - t < KEYS ? last + 1 - t : KEYS;
         const float *values = padded_block(cache + to_value + t * stride, stride, tokens, size, block, &found);
-        for (long e = 0; e < each; e++) {
-            const float *weights = scores + e * step + t - first;
-            if (vectors == 4)
-                sum_block(weights, values, found, tokens, sums + e * padded, 4);
-            else
-                sum_block(weights, values, found, tokens, sums + e * padded, vectors);
-        }
+        for (long e = 0; e < each; e += HEADS)
+            switch (each - e < HEADS ? each - e : HEADS) {
+#define SUMS(n) \
+    case n: \
+        sum_block(scores + e * step + t - first, step, values, found, tokens, sums + e * padded, padded, n); \
+        break;
+                EACH_HEADS(SUMS)
+#undef SUMS
+            }
     }
     for (long e = 0; e < each; e++)
         for (long j = 0; j < size; j++)

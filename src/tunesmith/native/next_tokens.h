@@ -7,6 +7,9 @@
    about a microsecond where a call of torch costs ten. Linear layers with biases are those of product.h, adapters'
    terms those of adapters.h, added panel by panel while the panel's result is in the first cache. */
 
+/* Rows of results stand so far apart: rows of whole pages would all lie in the same few places of the first cache. */
+#define APART(columns) ((columns) + 16)
+
 /* Numbers and addresses of 8 bytes each, as serving/next_tokens.py writes them. */
 typedef struct {
     const float *attention_norm, *qkv, *qkv_bias, *output, *output_bias;
@@ -40,7 +43,7 @@ static void norm_row(const float *x, const float *w, double epsilon, float *out,
 /* out (rows, columns) (+)= the linear layers of a group, with biases and adapters, of x (rows, width). By all threads
    of a region, which meet at the end. laid: room for x. */
 static void project(const float *x, const float *panels, const float *bias, const decoder_adapters *adapters, long group,
-                    float *laid, float *out, long rows, long width, long columns, long add)
+                    float *laid, float *out, long ldo, long rows, long width, long columns, long add)
 {
     long blocks = row_blocks(rows);
 #pragma omp for schedule(static) nowait
@@ -55,15 +58,15 @@ static void project(const float *x, const float *panels, const float *bias, cons
     /* Threads share the machine with others: who is late gets less. */
 #pragma omp for schedule(guided)
     for (long p = 0; p < (columns + PANEL - 1) / PANEL; p++) {
-        product_panel(laid, panels, bias, out, columns, rows, width, columns, add, p);
-        expand_panel(adapters->segments, adapters->count, group, adapters->shrunk, adapters->lds, out, columns, p);
+        product_panel(laid, panels, bias, out, ldo, rows, width, columns, add, p);
+        expand_panel(adapters->segments, adapters->count, group, adapters->shrunk, adapters->lds, out, ldo, p);
     }
 }
 
 /* x (rows, width) from the embeddings of new tokens to what leaves the last layer; keys and values go to the caches.
 
    starts, positions: of each row, the token in the caches where its request begins, and its own place in the request.
-   cos, sin (positions, size). hidden, laid, projected: (rows, the widest input), the same, (rows, the widest output).
+   cos, sin (positions, size). hidden, laid, projected: (rows, the widest input), the same, (rows, APART(the widest output)).
    room: for each thread, ``share`` numbers, ATTENTION_SHARE at least for ``most`` tokens of a request. */
 void next_tokens_float(float *x, const decoder_layer *layers, const decoder_numbers *numbers, long count,
                        const lora_segment *segments, long segment_count, float *shrunk, long lds, const long *starts,
@@ -79,12 +82,12 @@ void next_tokens_float(float *x, const decoder_layer *layers, const decoder_numb
 #pragma omp for schedule(static)
         for (long i = 0; i < rows; i++)
             norm_row(x + i * width, layer->attention_norm, numbers[n].attention_epsilon, hidden + i * width, width);
-        project(hidden, layer->qkv, layer->qkv_bias, &adapters, 4 * n, laid, projected, rows, width, fused, 0);
+        project(hidden, layer->qkv, layer->qkv_bias, &adapters, 4 * n, laid, projected, APART(fused), rows, width, fused, 0);
 #pragma omp for schedule(guided)
         for (long task = 0; task < rows * groups; task++) {
             long i = task / groups, group = task % groups, last = positions[i];
             long first = layer->window && last + 1 > layer->window ? last + 1 - layer->window : 0;
-            const float *row = projected + i * fused, *key = row + (heads + group) * size;
+            const float *row = projected + i * APART(fused), *key = row + (heads + group) * size;
             const float *c = cos + last * size, *s = sin + last * size;
             float *cache = layer->cache + starts[i] * stride + group * size, *own = cache + last * stride;
             rotate_head(key, own, c, s, size, 1);
@@ -93,22 +96,23 @@ void next_tokens_float(float *x, const decoder_layer *layers, const decoder_numb
                         (float)numbers[n].scale, hidden + i * heads * size + group * each * size,
                         room + omp_get_thread_num() * share);
         }
-        project(hidden, layer->output, layer->output_bias, &adapters, 4 * n + 1, laid, x, rows, heads * size, width, 1);
+        project(hidden, layer->output, layer->output_bias, &adapters, 4 * n + 1, laid, x, width, rows, heads * size, width,
+                1);
 #pragma omp for schedule(static)
         for (long i = 0; i < rows; i++)
             norm_row(x + i * width, layer->mlp_norm, numbers[n].mlp_epsilon, hidden + i * width, width);
-        project(hidden, layer->gate_up, layer->gate_up_bias, &adapters, 4 * n + 2, laid, projected, rows, width,
-                2 * inner, 0);
+        project(hidden, layer->gate_up, layer->gate_up_bias, &adapters, 4 * n + 2, laid, projected, APART(2 * inner),
+                rows, width, 2 * inner, 0);
 #pragma omp for schedule(static) collapse(2)
         for (long i = 0; i < rows; i++)
             for (long begin = 0; begin < inner; begin += 256) {
-                const float *gate = projected + i * 2 * inner, *up = gate + inner;
+                const float *gate = projected + i * APART(2 * inner), *up = gate + inner;
                 float *to = hidden + i * inner;
                 long end = begin + 256 < inner ? begin + 256 : inner;
 #pragma omp simd
                 for (long j = begin; j < end; j++)
                     to[j] = gate[j] / (1 + exp_float(-gate[j])) * up[j];
             }
-        project(hidden, layer->down, layer->down_bias, &adapters, 4 * n + 3, laid, x, rows, inner, width, 1);
+        project(hidden, layer->down, layer->down_bias, &adapters, 4 * n + 3, laid, x, width, rows, inner, width, 1);
     }
 }

@@ -4,7 +4,7 @@
 #include <math.h>
 #include <omp.h>
 #include <string.h>
-#include "vectors.h"
+#include "quads.h"
 #include "product.h"
 #include "adapters.h"
 #include "next_attention.h"

@@ -66,7 +66,7 @@ class _CompiledLayers:
         )
         groups = base.groups[:-1]
         self._widest_input = max(group.width for group in groups)
-        self._widest_output = max(sum(group.sizes) for group in groups)
+        self._widest_output = max(sum(group.sizes) for group in groups) + _VECTOR
         self._share = max(_share(layer, cache.capacity) for layer in base.layers)
 
     @staticmethod
