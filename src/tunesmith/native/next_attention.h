@@ -1,12 +1,11 @@
-/* Attention of one new token of a request: its query heads that share a key, over the request's cached tokens.
+/* Attention of one new token of a request over the request's cached tokens: some groups of query heads, each with a key.
 
    A token of the cache has its keys and then its values, (2, groups, size); tokens lie ``stride`` apart. Scores are
-   kept for all tokens that are seen, then the softmax is taken, then values are summed: so memory is read once, forward,
-   in blocks whose keys or values stay in the first cache for all heads. Four keys' products are summed at a time, by
-   vectors. A head's numbers depend on its own request alone. */
+   kept for all tokens that are seen, then the softmax is taken, then values are summed. Four keys' products are summed
+   at a time, by vectors. Memory is the bound, so it is asked for ahead: of a short request keys and values by the way
+   of the scores, and the next request's by the way of the values. A head's numbers depend on its own request alone. */
 
-#define KEYS 64 /* tokens of a block */
-#define AHEAD_KEYS 16
+#define KEYS 16 /* tokens of a block; those of the next are on their way */
 /* Heads whose sums are in registers together, so that a key or value is loaded once for them. */
 #if defined(__AVX512F__)
 #define HEADS 4
@@ -16,9 +15,11 @@
 #define EACH_HEADS(DO) DO(1)
 #endif
 
+#define SHORT (1 << 17) /* numbers of a request, keys and values, that stay in the second cache until its values' turn */
+
 /* Queries, sums and a block of padded keys or values; scores. ``most``: tokens that a request can have. */
 #define WHOLE(n) (((n) + 15) / 16 * 16)
-#define ATTENTION_SHARE(each, size, most) ((2 * (each) + KEYS) * WHOLE(size) + (each) * WHOLE(most))
+#define ATTENTION_SHARE(heads, size, most) ((2 * (heads) + KEYS) * WHOLE(size) + (heads) * WHOLE(most))
 
 /* a' = a c1 - b s1, b' = b c2 + a s2 of the two halves of a head: see models/kernels/rotary.py. */
 static void rotate_head(const float *from, float *to, const float *cos, const float *sin, long size, float factor)
@@ -46,11 +47,11 @@ static const float *padded_block(const float *from, long stride, long tokens, lo
     return room;
 }
 
-/* Ask for the heads of some tokens, size numbers each, ``stride`` apart. */
-static void ask_for(const float *from, long stride, long tokens, long size)
+/* Ask for count numbers of each of some tokens: the keys of some groups, or their values. */
+static void ask_for(const float *from, long stride, long tokens, long count)
 {
     for (long t = 0; t < tokens; t++)
-        for (long j = 0; j < size; j += 16)
+        for (long j = 0; j < count; j += 16)
             __builtin_prefetch(from + t * stride + j, 0, 2);
 }
 
@@ -129,50 +130,68 @@ static float exponentials(float *scores, long count)
     return sum;
 }
 
-/* out (each, size) of token number ``last`` of a request, whose query (each, size) is not rotated yet.
+/* out (groups * each, size) of token number ``last`` of a request, whose query (groups * each, size) is not rotated yet.
 
-   cache: the group's key of the request's token 0; values lie ``to_value`` behind their keys. room: ATTENTION_SHARE. */
+   cache: the first group's key of the request's token 0; the values lie ``to_value`` behind their keys. Token ``first``
+   is the first that is seen. next: the first key that the thread will see after this, or NULL; as many tokens of it are
+   asked for. room: ATTENTION_SHARE numbers. */
 static void attend_next(const float *query, const float *cache, long stride, long to_value, long first, long last,
-                        long each, long size, long most, const float *cos, const float *sin, float scale, float *out,
-                        float *room)
+                        long groups, long each, long size, long most, const float *cos, const float *sin, float scale,
+                        const float *next, float *out, float *room)
 {
-    long padded = WHOLE(size), step = WHOLE(most), found;
-    float *queries = room, *sums = queries + each * padded, *block = sums + each * padded;
-    float *scores = block + KEYS * padded;
-    memset(room, 0, (size_t)(2 * each * padded) * sizeof *room);
-    for (long e = 0; e < each; e++)
-        rotate_head(query + e * size, queries + e * padded, cos, sin, size, scale);
+    long heads = groups * each, padded = WHOLE(size), step = WHOLE(most), found;
+    float *queries = room, *sums = queries + heads * padded, *block = sums + heads * padded;
+    float *scores = block + KEYS * padded, all[heads];
+    const int is_short = (last + 1 - first) * stride <= SHORT;
+    memset(room, 0, (size_t)(2 * heads * padded) * sizeof *room);
+    for (long h = 0; h < heads; h++)
+        rotate_head(query + h * size, queries + h * padded, cos, sin, size, scale);
     for (long t = first; t <= last; t += KEYS) {
         long tokens = last + 1 - t < KEYS ? last + 1 - t : KEYS;
-        ask_for(cache + to_value + t * stride, stride, tokens, size);
-        const float *keys = padded_block(cache + t * stride, stride, tokens, size, block, &found);
-        for (long e = 0; e < each; e += HEADS)
-            switch (each - e < HEADS ? each - e : HEADS) {
+        for (long g = 0; g < groups; g++) {
+            long begin = t + KEYS + KEYS * g / groups, end = t + KEYS + KEYS * (g + 1) / groups;
+            long coming = (end < last ? end : last) - begin;
+            ask_for(cache + begin * stride, stride, coming, groups * size);
+            if (is_short)
+                ask_for(cache + begin * stride + to_value, stride, coming, groups * size);
+            const float *keys = padded_block(cache + t * stride + g * size, stride, tokens, size, block, &found);
+            for (long h = g * each; h < (g + 1) * each; h += HEADS)
+                switch ((g + 1) * each - h < HEADS ? (g + 1) * each - h : HEADS) {
 #define SCORES(n) \
     case n: \
-        score_block(queries + e * padded, padded, keys, found, tokens, scores + e * step + t - first, step, n); \
+        score_block(queries + h * padded, padded, keys, found, tokens, scores + h * step + t - first, step, n); \
         break;
-                EACH_HEADS(SCORES)
+                    EACH_HEADS(SCORES)
 #undef SCORES
-            }
+                }
+        }
     }
-    float all[each];
-    for (long e = 0; e < each; e++)
-        all[e] = exponentials(scores + e * step, last + 1 - first);
+    for (long h = 0; h < heads; h++)
+        all[h] = exponentials(scores + h * step, last + 1 - first);
     for (long t = first; t <= last; t += KEYS) {
         long tokens = last + 1 - t < KEYS ? last + 1 - t : KEYS;
-        const float *values = padded_block(cache + to_value + t * stride, stride, tokens, size, block, &found);
-        for (long e = 0; e < each; e += HEADS)
-            switch (each - e < HEADS ? each - e : HEADS) {
+        if (!is_short)
+            ask_for(cache + (t + KEYS) * stride + to_value, stride, (t + 2 * KEYS < last ? KEYS : last - t - KEYS),
+                    groups * size);
+        else if (next && (t + KEYS - first) * stride <= SHORT) {
+            ask_for(next + (t - first) * stride, stride, KEYS, groups * size);
+            ask_for(next + (t - first) * stride + to_value, stride, KEYS, groups * size);
+        }
+        for (long g = 0; g < groups; g++) {
+            const float *from = cache + to_value + t * stride + g * size;
+            const float *values = padded_block(from, stride, tokens, size, block, &found);
+            for (long h = g * each; h < (g + 1) * each; h += HEADS)
+                switch ((g + 1) * each - h < HEADS ? (g + 1) * each - h : HEADS) {
 #define SUMS(n) \
     case n: \
-        sum_block(scores + e * step + t - first, step, values, found, tokens, sums + e * padded, padded, n); \
+        sum_block(scores + h * step + t - first, step, values, found, tokens, sums + h * padded, padded, n); \
         break;
-                EACH_HEADS(SUMS)
+                    EACH_HEADS(SUMS)
 #undef SUMS
-            }
+                }
+        }
     }
-    for (long e = 0; e < each; e++)
+    for (long h = 0; h < heads; h++)
         for (long j = 0; j < size; j++)
-            out[e * size + j] = sums[e * padded + j] / all[e];
+            out[h * size + j] = sums[h * padded + j] / all[h];
 }

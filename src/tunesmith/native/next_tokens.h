@@ -79,21 +79,25 @@ void next_tokens_float(float *x, const decoder_layer *layers, const decoder_numb
         const decoder_layer *layer = layers + n;
         long heads = layer->heads, groups = layer->groups, size = layer->size, inner = layer->inner;
         long each = heads / groups, stride = 2 * groups * size, fused = heads * size + stride;
+        /* A row's groups together read memory forward; apart they are enough for all threads. */
+        long shares = rows >= 2 * threads ? 1 : groups, some = groups / shares;
 #pragma omp for schedule(static)
         for (long i = 0; i < rows; i++)
             norm_row(x + i * width, layer->attention_norm, numbers[n].attention_epsilon, hidden + i * width, width);
         project(hidden, layer->qkv, layer->qkv_bias, &adapters, 4 * n, laid, projected, APART(fused), rows, width, fused, 0);
 #pragma omp for schedule(guided)
-        for (long task = 0; task < rows * groups; task++) {
-            long i = task / groups, group = task % groups, last = positions[i];
+        for (long task = 0; task < rows * shares; task++) {
+            long i = task / shares, group = task % shares * some, last = positions[i];
             long first = layer->window && last + 1 > layer->window ? last + 1 - layer->window : 0;
             const float *row = projected + i * APART(fused), *key = row + (heads + group) * size;
             const float *c = cos + last * size, *s = sin + last * size;
             float *cache = layer->cache + starts[i] * stride + group * size, *own = cache + last * stride;
-            rotate_head(key, own, c, s, size, 1);
-            memcpy(own + groups * size, key + groups * size, (size_t)size * sizeof *own);
-            attend_next(row + group * each * size, cache, stride, groups * size, first, last, each, size, most, c, s,
-                        (float)numbers[n].scale, hidden + i * heads * size + group * each * size,
+            const float *next = i + 1 < rows ? layer->cache + (starts[i + 1] + first) * stride + group * size : NULL;
+            for (long g = 0; g < some; g++)
+                rotate_head(key + g * size, own + g * size, c, s, size, 1);
+            memcpy(own + groups * size, key + groups * size, (size_t)(some * size) * sizeof *own);
+            attend_next(row + group * each * size, cache, stride, groups * size, first, last, some, each, size, most, c,
+                        s, (float)numbers[n].scale, next, hidden + i * heads * size + group * each * size,
                         room + omp_get_thread_num() * share);
         }
         project(hidden, layer->output, layer->output_bias, &adapters, 4 * n + 1, laid, x, width, rows, heads * size, width,

@@ -18,7 +18,7 @@ from tunesmith.serving.kv_cache import KvCache
 from tunesmith.serving.mixed_lora import Plan
 
 _VECTOR = 16  # numbers of a vector of native/vectors.h
-_KEYS = 64  # KEYS of native/next_attention.h
+_KEYS = 16  # KEYS of native/next_attention.h
 
 
 class NextTokenPass:
@@ -133,5 +133,5 @@ def _of_group(group: Group) -> tuple[int, int]:
 
 def _share(layer: LayerWeights, most: int) -> int:
     """ATTENTION_SHARE of native/next_attention.h."""
-    each, size = layer.shape.heads // layer.shape.groups, -(-layer.shape.size // _VECTOR) * _VECTOR
-    return (2 * each + _KEYS) * size + each * (-(-most // _VECTOR) * _VECTOR)
+    heads, size = layer.shape.heads, -(-layer.shape.size // _VECTOR) * _VECTOR
+    return (2 * heads + _KEYS) * size + heads * (-(-most // _VECTOR) * _VECTOR)
