@@ -2,5 +2,10 @@
    tunesmith.serving call them where they could be compiled and do the same by torch where they could not. */
 
 #include <math.h>
+#include <omp.h>
 #include <string.h>
+#include "quads.h"
 #include "product.h"
+#include "adapters.h"
+#include "next_attention.h"
+#include "next_tokens.h"

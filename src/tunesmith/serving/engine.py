@@ -18,9 +18,11 @@ from tunesmith.serving.adapter_weights import read_adapter
 from tunesmith.serving.base_weights import load_base
 from tunesmith.serving.desk import Desk, Places, Request
 from tunesmith.serving.desk_engine import DeskEngine
-from tunesmith.serving.forward import NextTokens, Stretches, forward, logits
+from tunesmith.serving.forward import Stretches, forward, logits
 from tunesmith.serving.kv_cache import KvCache, PrefixCache
-from tunesmith.serving.mixed_lora import Adapter, Plan, Planner, segments
+from tunesmith.serving.mixed_lora import Adapter, Plan, segments
+from tunesmith.serving.next_tokens import NextTokenPass
+from tunesmith.serving.planner import Planner
 from tunesmith.serving.seam import AdapterKey, EngineFacts, EngineLimits
 
 _Request = Request[Adapter]
@@ -59,11 +61,11 @@ class CpuEngine(DeskEngine[Adapter]):
         self._folder = base
         self._base = load_base(base, settings.context_length)
         shapes = [layer.shape for layer in self._base.layers]
-        self._windows = {shape.window for shape in shapes}
         self._cache = KvCache(shapes, settings.running, len(self._base.cos))
         self._prefixes = PrefixCache(self._cache, settings.prefix_tokens)
         self._planner = Planner(self._base)
         self._scratch = Scratch()
+        self._next_tokens = NextTokenPass(self._base, self._cache, self._scratch)
         limits = EngineLimits(
             len(self._base.cos), len(self._base.embeddings), settings.running, settings.waiting
         )
@@ -191,12 +193,13 @@ class CpuEngine(DeskEngine[Adapter]):
         return sorted(ready, key=lambda request: (request.key, self._seats[request].slot))
 
     def _make_tokens(self, requests: list[_Request]) -> None:
-        positions = torch.tensor([len(request.tokens) - 1 for request in requests])
         plan = self._planner.rows([request.adapter for request in requests])
-        slots = [self._seats[request].slot for request in requests]
-        attention = NextTokens(self._cache, slots, positions, self._windows)
-        tokens = [request.tokens[-1] for request in requests]
-        hidden = forward(self._base, tokens, positions, attention, plan, self._scratch)
+        hidden = self._next_tokens(
+            [request.tokens[-1] for request in requests],
+            [len(request.tokens) - 1 for request in requests],
+            [self._seats[request].slot for request in requests],
+            plan,
+        )
         for request in requests:
             request.cached = len(request.tokens)
         self._emit(requests, hidden, plan)

@@ -33,16 +33,13 @@ def forward(
     scratch: Scratch,
 ) -> torch.Tensor:  # fmt: skip
     """Hidden states after the last layer, (tokens, width); valid until the next pass."""
-    ids = torch.tensor(tokens)
+    x = embed(base, tokens, plan, scratch)
     count, like = len(tokens), base.embeddings
 
     def take(name: str, width: int) -> torch.Tensor:
         return scratch.take(name, (count, width), like)
 
-    width = like.shape[1]
-    x, hidden = take("x", width), take("hidden", width)
-    torch.index_select(base.embeddings, 0, ids, out=x)
-    plan.embed(ids, x)
+    hidden = take("hidden", like.shape[1])
     cos, sin = base.cos.index_select(0, positions), base.sin.index_select(0, positions)
     for number, layer in enumerate(base.layers):
         shape = layer.shape
@@ -59,6 +56,15 @@ def forward(
         active = take("active", layer.gate_up.sizes[0])
         swiglu(gate, up, active)
         _project_onto(active, layer.down, plan, x)
+    return x
+
+
+def embed(base: BaseWeights, tokens: Sequence[int], plan: Plan, scratch: Scratch) -> torch.Tensor:
+    """What enters the first layer, (tokens, width); valid until the next pass."""
+    ids = torch.tensor(tokens)
+    x = scratch.take("x", (len(tokens), base.embeddings.shape[1]), base.embeddings)
+    torch.index_select(base.embeddings, 0, ids, out=x)
+    plan.embed(ids, x)
     return x
 
 

@@ -1,7 +1,8 @@
 """LoRA terms for a batch whose rows belong to different adapters.
 
 y += x A' B' for each row's own A and B (Hu et al. 2021, arXiv:2106.09685). Rows of one adapter that lie together are a
-segment with two products. For a few rows of many adapters, the adapters' A and B are stacked: one product shrinks
+segment with two products. For a few rows of many adapters, ``grouped_lora.py`` has compiled C; where it has not, the
+adapters' A and B are stacked: one product shrinks
 every row by every A, a mask keeps of each row its own adapter's numbers, one product a layer expands. That computes
 more than needed in exchange for few and large products; measured for 8 rows on 4 to 8 adapters it costs a third
 of gathering A and B per row (as Punica's BGMV does, Chen et al. 2023, arXiv:2310.18547). Layers on one input share the
@@ -19,6 +20,7 @@ from tunesmith.serving.base_weights import EMBEDDINGS, BaseWeights, Group
 from tunesmith.serving.seam import AdapterKey
 
 MOST_STACKED_RANK = 256
+_PARTS = 3  # PARTS of native/adapters.h: a group's most layers
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,26 @@ class Adapter:
         tensors += [term.a for term in self.terms if term]
         tensors += [self.embeddings.a, self.embeddings.b] if self.embeddings else []
         return sum(tensor.nbytes for tensor in tensors)
+
+    @cached_property
+    def shrunk(self) -> int:
+        """The summed ranks of its widest term."""
+        return max((len(term.a) for term in self.terms if term), default=0)
+
+    @cached_property
+    def addresses(self) -> torch.Tensor:
+        """Its terms as ``lora_term`` of native/adapters.h, int64 (groups, 18). Valid while the adapter lives."""
+        return torch.tensor([_addresses(term) for term in self.terms], dtype=torch.int64)
+
+
+def _addresses(term: Term | None) -> list[int]:
+    if term is None:
+        return [0] * (3 + 5 * _PARTS)
+    found = [term.a.data_ptr(), len(term.a), len(term.parts)]
+    for part in term.parts:
+        columns = part.outputs.stop - part.outputs.start
+        found += [part.b.data_ptr(), part.outputs.start, columns, part.ranks.start, len(part.b)]
+    return found + [0] * (5 * (_PARTS - len(term.parts)))
 
 
 def adapter_of(key: AdapterKey, pairs: Mapping[str, LowRank], base: BaseWeights) -> Adapter:
@@ -192,36 +214,3 @@ def _expand(shrunk: torch.Tensor, term: Term, out: torch.Tensor) -> None:
 
 def _embed(tokens: torch.Tensor, pair: LowRank, out: torch.Tensor) -> None:
     out.addmm_(pair.a.index_select(0, tokens), pair.b)
-
-
-class Planner:
-    """Plans for the batches of an engine; keeps the stack from pass to pass while the same adapters are at work."""
-
-    def __init__(self, base: BaseWeights) -> None:
-        self._base = base
-        self._stack: Stack | None = None
-        self._last: tuple[tuple[AdapterKey | None, ...], Plan] = ((), Plan())
-
-    def rows(self, rows: Sequence[Adapter | None]) -> Plan:
-        """For single rows, sorted by adapter, so that those too many to be stacked lie together."""
-        keys = tuple(adapter.key if adapter else None for adapter in rows)
-        if keys != self._last[0]:
-            self._last = (keys, self._plan(rows))
-        return self._last[1]
-
-    def _plan(self, rows: Sequence[Adapter | None]) -> Plan:
-        active = {adapter.key: adapter for adapter in rows if adapter is not None}
-        rank = sum(adapter.rank for adapter in active.values())
-        if len({id(adapter) for adapter in rows}) <= 1 or rank > MOST_STACKED_RANK:
-            return segments([(1, adapter) for adapter in rows])
-        stack = self._stack
-        if stack is None or not active.keys() <= stack.numbers.keys() or stack.rank > 2 * rank:
-            self._stack = stack = Stack(list(active.values()), self._base)
-        return Stacked(stack, rows)
-
-    def forget(self, key: AdapterKey) -> None:
-        """Let go of an adapter's tensors."""
-        if self._stack is not None and key in self._stack.numbers:
-            self._stack = None
-        if key in self._last[0]:
-            self._last = ((), Plan())

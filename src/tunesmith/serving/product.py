@@ -40,6 +40,11 @@ class Product:
         """Add it to ``out`` (rows, out)."""
         self._layout.add_to(out, x, self.bias)
 
+    @property
+    def panels(self) -> torch.Tensor | None:
+        """The weight as native/product.h reads it, (panels, in, 16); None where it is kept otherwise."""
+        return self._layout.panels if isinstance(self._layout, _Panels) else None
+
     def dense(self) -> torch.Tensor:
         """The weight (out, in), laid out anew where it is kept otherwise."""
         return self._layout.dense()
@@ -49,14 +54,14 @@ class _Panels:
     def __init__(self, weight: torch.Tensor) -> None:
         self._columns, self._width = weight.shape
         count = -(-self._columns // _PANEL)
-        self._panels = weight.new_empty(count, self._width, _PANEL)
+        self.panels = weight.new_empty(count, self._width, _PANEL)
         lay_out = compiled("serving", "lay_out_panels", "pnpnn", weight)
         multiply = compiled("serving", "product", "pnpppnpnnnn", weight)
         assert lay_out is not None
         assert multiply is not None
         self._multiply = multiply
         weight = weight.contiguous()
-        lay_out(weight, self._width, self._panels, self._columns, self._width)
+        lay_out(weight, self._width, self.panels, self._columns, self._width)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         out = x.new_empty(len(x), self._columns)
@@ -67,7 +72,7 @@ class _Panels:
         self._into(out, x, bias, add=True)
 
     def dense(self) -> torch.Tensor:
-        return self._panels.transpose(1, 2).reshape(-1, self._width)[: self._columns]
+        return self.panels.transpose(1, 2).reshape(-1, self._width)[: self._columns]
 
     def _into(self, out: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, *, add: bool) -> None:
         if x.stride(1) != 1:
@@ -76,7 +81,7 @@ class _Panels:
         self._multiply(
             x,
             x.stride(0),
-            self._panels,
+            self.panels,
             bias,
             out,
             out.stride(0),
