@@ -42,9 +42,10 @@ static inline void first_numbers(const float *from, long count, float_vector *v)
     memcpy(v, from, (size_t)count * sizeof *from);
 }
 
-/* m rows of x times RANKS rows of A; m is a constant where this is inlined. */
+/* m rows of x times RANKS rows of A, while others are asked for; m is a constant where this is inlined. */
 static inline __attribute__((always_inline)) void shrink_tile(
-    const float *x, long ldx, const float *const *a, float *shrunk, long lds, long width, const int m)
+    const float *x, long ldx, const float *const *a, const float *const *next, float *shrunk, long lds, long width,
+    const int m)
 {
     float_vector sums[SHRUNK_ROWS][RANKS];
     long whole = width / 16 * 16;
@@ -55,6 +56,7 @@ static inline __attribute__((always_inline)) void shrink_tile(
 #pragma GCC unroll 4
         for (int r = 0; r < RANKS; r++) {
             float_vector weights = *(const float_vector *)(a[r] + k);
+            __builtin_prefetch(next[r] + k);
 #pragma GCC unroll 4
             for (int i = 0; i < m; i++)
                 sums[i][r] += *(const float_vector *)(x + i * ldx + k) * weights;
@@ -70,31 +72,46 @@ static inline __attribute__((always_inline)) void shrink_tile(
         *(quad *)(shrunk + i * lds) = sums_of(sums[i]);
 }
 
-/* This thread's share of x A' for every segment, into shrunk (rows, lds): lds is a multiple of RANKS. */
+/* Some ranks of one segment. */
+typedef struct {
+    const float *a[RANKS];
+    long first, rows, rank;
+} shrink_task;
+
+static void shrink_rows(const shrink_task *task, const shrink_task *next, const float *x, long ldx, float *shrunk,
+                        long lds, long width)
+{
+    const float *from = x + task->first * ldx;
+    float *to = shrunk + task->first * lds + task->rank;
+    long i = 0;
+    for (; i + SHRUNK_ROWS <= task->rows; i += SHRUNK_ROWS)
+        shrink_tile(from + i * ldx, ldx, task->a, next->a, to + i * lds, lds, width, SHRUNK_ROWS);
+    for (; i + 2 <= task->rows && SHRUNK_ROWS > 2; i += 2)
+        shrink_tile(from + i * ldx, ldx, task->a, next->a, to + i * lds, lds, width, 2 < SHRUNK_ROWS ? 2 : 1);
+    for (; i < task->rows; i++)
+        shrink_tile(from + i * ldx, ldx, task->a, next->a, to + i * lds, lds, width, 1);
+}
+
+/* This thread's share of x A' for every segment, into shrunk (rows, lds): lds is a multiple of RANKS. A task is done when
+   the next one is known, whose A's are short stretches of memory that no processor foresees. */
 static void shrink_share(const lora_segment *segments, long count, long group, const float *x, long ldx, float *shrunk,
                          long lds, long width, long thread, long present)
 {
-    long task = 0;
+    long number = 0;
+    shrink_task task = {.rows = 0}, next;
     for (long s = 0; s < count; s++) {
         const lora_term *term = segments[s].terms + group;
-        long rows = segments[s].rows;
-        if (!term->a)
-            continue;
-        for (long r = 0; r < term->ranks; r += RANKS, task++) {
-            if (task % present != thread)
+        for (long r = 0; term->a && r < term->ranks; r += RANKS, number++) {
+            if (number % present != thread)
                 continue;
-            const float *a[RANKS];
             for (long j = 0; j < RANKS; j++) /* the last is read again where there are no more */
-                a[j] = term->a + (r + j < term->ranks ? r + j : term->ranks - 1) * width;
-            const float *from = x + segments[s].first * ldx;
-            float *to = shrunk + segments[s].first * lds + r;
-            long i = 0;
-            for (; i + SHRUNK_ROWS <= rows; i += SHRUNK_ROWS)
-                shrink_tile(from + i * ldx, ldx, a, to + i * lds, lds, width, SHRUNK_ROWS);
-            for (; i < rows; i++)
-                shrink_tile(from + i * ldx, ldx, a, to + i * lds, lds, width, 1);
+                next.a[j] = term->a + (r + j < term->ranks ? r + j : term->ranks - 1) * width;
+            next.first = segments[s].first, next.rows = segments[s].rows, next.rank = r;
+            shrink_rows(&task, &next, x, ldx, shrunk, lds, width);
+            task = next;
         }
     }
+    shrink_rows(&task, &task, x, ldx, shrunk, lds, width);
 }
 
 /* Add shrunk B' to panel p, 16 columns, of out (rows, columns). */

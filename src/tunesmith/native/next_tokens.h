@@ -66,7 +66,7 @@ static void project(const float *x, const float *panels, const float *bias, cons
 /* x (rows, width) from the embeddings of new tokens to what leaves the last layer; keys and values go to the caches.
 
    starts, positions: of each row, the token in the caches where its request begins, and its own place in the request.
-   cos, sin (positions, size). hidden, laid, projected: (rows, the widest input), the same, (rows, APART(the widest output)).
+   cos, sin (positions, size). hidden and laid (rows, the widest input); projected (rows, APART(the widest output)).
    room: for each thread, ``share`` numbers, ATTENTION_SHARE at least for ``most`` tokens of a request. */
 void next_tokens_float(float *x, const decoder_layer *layers, const decoder_numbers *numbers, long count,
                        const lora_segment *segments, long segment_count, float *shrunk, long lds, const long *starts,
@@ -84,7 +84,8 @@ void next_tokens_float(float *x, const decoder_layer *layers, const decoder_numb
 #pragma omp for schedule(static)
         for (long i = 0; i < rows; i++)
             norm_row(x + i * width, layer->attention_norm, numbers[n].attention_epsilon, hidden + i * width, width);
-        project(hidden, layer->qkv, layer->qkv_bias, &adapters, 4 * n, laid, projected, APART(fused), rows, width, fused, 0);
+        project(hidden, layer->qkv, layer->qkv_bias, &adapters, 4 * n, laid, projected, APART(fused), rows, width, fused,
+                0);
 #pragma omp for schedule(guided)
         for (long task = 0; task < rows * shares; task++) {
             long i = task / shares, group = task % shares * some, last = positions[i];

@@ -1,12 +1,11 @@
 """LoRA terms for a batch whose rows belong to different adapters.
 
 y += x A' B' for each row's own A and B (Hu et al. 2021, arXiv:2106.09685). Rows of one adapter that lie together are a
-segment with two products. For a few rows of many adapters, ``grouped_lora.py`` has compiled C; where it has not, the
-adapters' A and B are stacked: one product shrinks
-every row by every A, a mask keeps of each row its own adapter's numbers, one product a layer expands. That computes
-more than needed in exchange for few and large products; measured for 8 rows on 4 to 8 adapters it costs a third
-of gathering A and B per row (as Punica's BGMV does, Chen et al. 2023, arXiv:2310.18547). Layers on one input share the
-shrinking product.
+segment with two products. For a few rows of many adapters there is compiled C (``grouped_lora.py``). Where it could not
+be compiled, the adapters' A and B are stacked: one product shrinks every row by every A, a mask keeps of each row its
+own adapter's numbers, one product a layer expands. That computes more than needed in exchange for few and large
+products; measured for 8 rows on 4 to 8 adapters it costs a third of gathering A and B per row by torch (as Punica's
+BGMV does, Chen et al. 2023, arXiv:2310.18547). Layers on one input share the shrinking product.
 """
 
 from collections.abc import Mapping, Sequence

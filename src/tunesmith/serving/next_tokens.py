@@ -72,7 +72,7 @@ class _CompiledLayers:
     @staticmethod
     def of(base: BaseWeights, cache: KvCache) -> "_CompiledLayers | None":
         """None where the C was not compiled, or a weight is kept in another layout than it reads."""
-        function = compiled("serving", "next_tokens", "pppnpnpnpppppppp" + "nnnn", base.embeddings)
+        function = compiled("serving", "next_tokens", "pppnpnpnppppppppnnnn", base.embeddings)
         if function is None or any(group.product.panels is None for group in base.groups):
             return None
         return _CompiledLayers(function, base, cache)
