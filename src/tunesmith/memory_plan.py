@@ -4,16 +4,14 @@ What is loaded already is measured; what training adds is counted: gradients, Ad
 the kernels (``models/kernels/footprint.py``), or what answering held-out rows takes where that is more.
 """
 
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from tunesmith.data.order import step_rows
 from tunesmith.data.packing import Layout, shared_prefix, split_packed
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import RunError
+from tunesmith.free_memory import available_bytes, resident_bytes
 from tunesmith.models.kernels.decoder import Decoder
 from tunesmith.models.kernels.footprint import BatchShape, largest_buffers, training_bytes
 from tunesmith.planning.nearest import Beside, nearest
@@ -146,38 +144,3 @@ def _largest(shapes: Sequence[BatchShape]) -> list[BatchShape]:
         lambda shape: len(shape.layout.suffixes) * (shape.layout.prefix + max(shape.layout.suffixes)),
     )
     return [max(shapes, key=key) for key in keys]
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM now; 0 where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf(
-            "SC_PAGE_SIZE"
-        )
-    except OSError:
-        return 0
-
-
-def available_bytes(system: Path = Path("/")) -> int | None:
-    """Memory that can be had without swapping, a container's limit included; None where the system does not tell."""
-    found = []
-    with suppress(OSError):
-        known = _numbers(system / "proc/meminfo")
-        found.append(known["MemAvailable"] * 1024)
-    with suppress(OSError):
-        group = system / "sys/fs/cgroup"
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        if limit != "max":
-            used = int((group / "memory.current").read_text(encoding="ascii"))
-            # Cached files count as used, and make way when memory is asked for; files in memory, as in /dev/shm, are
-            # counted with them and do not.
-            known = _numbers(group / "memory.stat")
-            cached = known["file"] - known.get("shmem", 0)
-            found.append(max(0, int(limit) - used + cached))
-    return min(found, default=None)
-
-
-def _numbers(file: Path) -> dict[str, int]:
-    """The ``name: number`` lines of a file of the kernel."""
-    lines = [line.replace(":", " ").split() for line in file.read_text(encoding="ascii").splitlines()]
-    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}

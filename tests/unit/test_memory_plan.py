@@ -11,7 +11,8 @@ from tiny_models import tiny_model
 from tunesmith import memory_plan
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import RunError
-from tunesmith.memory_plan import TOKEN_BUDGETS, available_bytes, plan_memory, resident_bytes
+from tunesmith.free_memory import available_bytes, resident_bytes
+from tunesmith.memory_plan import TOKEN_BUDGETS, plan_memory
 from tunesmith.models.kernels.reading import read_decoder
 
 

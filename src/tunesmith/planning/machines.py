@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tunesmith.assembly import TRAIN_TOKEN_BUDGET
-from tunesmith.memory_plan import available_bytes, resident_bytes
+from tunesmith.free_memory import available_bytes, resident_bytes
 from tunesmith.models.kernels.reading import UnreadableError
 from tunesmith.planning.clusters import micro_batch
 from tunesmith.planning.cost import cpu_seconds, workload_flops

@@ -12,7 +12,8 @@ from tunesmith.config.deepspeed_file import read_deepspeed
 from tunesmith.config.load import LoadedConfig
 from tunesmith.config.schema import LoraMethod
 from tunesmith.data.rows import TokenizedRows
-from tunesmith.memory_plan import TOKEN_BUDGETS, added_bytes, resident_bytes, shapes_beside
+from tunesmith.free_memory import resident_bytes
+from tunesmith.memory_plan import TOKEN_BUDGETS, added_bytes, shapes_beside
 from tunesmith.models.base import BaseFolder, choose_dtype
 from tunesmith.models.kernels.decoder import Decoder
 from tunesmith.models.method import prepare_full

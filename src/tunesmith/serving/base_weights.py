@@ -134,8 +134,8 @@ def _group(number: int, names: Sequence[str], parts: Sequence[Linear]) -> Group:
     sizes = tuple(len(part.weight) for part in parts)
     biases = [part.bias for part in parts]
     weights = [part.weight.detach() for part in parts]
-    weight, bias = weights[0] if len(weights) == 1 else torch.cat(weights), None
+    bias = None
     if any(b is not None for b in biases):
         zeros = [torch.zeros(size) for size in sizes]
         bias = torch.cat([z if b is None else b.detach() for z, b in zip(zeros, biases, strict=True)])
-    return Group(number, tuple(names), sizes, weight.shape[1], Product(weight, bias))
+    return Group(number, tuple(names), sizes, weights[0].shape[1], Product(weights, bias))

@@ -6,6 +6,7 @@ oneDNN's, else as it is. Of 100 GFLOP/s that a core of an AMD EPYC gives to larg
 rows (oneDNN 81, a plain product 48) and 75 at 8 (53, 31); of one row it reads 26 GB/s (14, 12).
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -26,11 +27,12 @@ class _Layout(Protocol):
 
 
 class Product:
-    """A linear layer ``weight`` (out, in), ``bias`` (out,) or None, both constant from here on."""
+    """Linear layers on one input as one: ``weights``, each (out, in), and ``bias`` (summed out,) or None, all constant
+    from here on."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], bias: torch.Tensor | None) -> None:
         self.bias = bias
-        self._layout: _Layout = _panels(weight) or _packed(weight) or _Plain(weight)
+        self._layout: _Layout = _panels(weights) or _packed(_stacked(weights)) or _Plain(_stacked(weights))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, out) for ``x`` (rows, in), in memory of its own."""
@@ -51,17 +53,21 @@ class Product:
 
 
 class _Panels:
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._columns, self._width = weight.shape
-        count = -(-self._columns // _PANEL)
-        self.panels = weight.new_empty(count, self._width, _PANEL)
-        lay_out = compiled("serving", "lay_out_panels", "pnpnn", weight)
-        multiply = compiled("serving", "product", "pnpppnpnnnn", weight)
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        if any(len(weight) % _PANEL for weight in weights[:-1]):
+            weights = [_stacked(weights)]
+        self._columns, self._width = sum(map(len, weights)), weights[0].shape[1]
+        self.panels = weights[0].new_empty(-(-self._columns // _PANEL), self._width, _PANEL)
+        lay_out = compiled("serving", "lay_out_panels", "pnpnn", self.panels)
+        multiply = compiled("serving", "product", "pnpppnpnnnn", self.panels)
         assert lay_out is not None
         assert multiply is not None
         self._multiply = multiply
-        weight = weight.contiguous()
-        lay_out(weight, self._width, self.panels, self._columns, self._width)
+        begin = 0
+        for weight in weights:
+            part = self.panels[begin // _PANEL :]
+            lay_out(weight.contiguous(), self._width, part, len(weight), self._width)
+            begin += len(weight)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         out = x.new_empty(len(x), self._columns)
@@ -125,11 +131,16 @@ class _Plain:
         return self._weight.t()
 
 
-def _panels(weight: torch.Tensor) -> _Layout | None:
+def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
+
+
+def _panels(weights: Sequence[torch.Tensor]) -> _Layout | None:
     """The layout of native/product.h, None where it was not compiled."""
-    if weight.dtype != torch.float32 or compiled("serving", "product", "pnpppnpnnnn", weight) is None:
+    like = weights[0]
+    if like.dtype != torch.float32 or compiled("serving", "product", "pnpppnpnnnn", like) is None:
         return None
-    return _Panels(weight)
+    return _Panels(weights)
 
 
 def _packed(weight: torch.Tensor) -> _Layout | None:

@@ -14,7 +14,7 @@ from types import FrameType
 import uvicorn
 
 from tunesmith.errors import ConfigError
-from tunesmith.memory_plan import available_bytes
+from tunesmith.free_memory import available_bytes
 from tunesmith.models.base import BaseFolder
 from tunesmith.models.servable import verified_manifest
 from tunesmith.serving.app import create_app

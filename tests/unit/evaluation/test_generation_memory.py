@@ -50,7 +50,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, AutoModelForCausalLM
 from tunesmith.evaluation.generate import generate_greedy
 from tunesmith.evaluation.generation_memory import generation_bytes, sizes_of
-from tunesmith.memory_plan import resident_bytes
+from tunesmith.free_memory import resident_bytes
 from tunesmith.training.loop import peak_memory_bytes
 
 model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=4000, hidden_size=256, intermediate_size=768,

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from tunesmith.memory_plan import resident_bytes
+from tunesmith.free_memory import resident_bytes
 from tunesmith.models.kernels.arrangement import Shape
 from tunesmith.serving.kv_cache import KvCache
 

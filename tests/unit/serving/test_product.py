@@ -50,7 +50,7 @@ def case(rows: int, width: int, columns: int, *, has_bias: bool = False) -> tupl
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_a_product_is_x_times_the_weight_plus_the_bias(layout, rows, has_bias):
     x, weight, bias, wanted = case(rows, 24, 37, has_bias=has_bias)
-    product = Product(weight, bias)
+    product = Product([weight], bias)
     found = product(x)
     assert (found - wanted).abs().max() < 1e-5
     found.add_(1.0)  # its memory is its own
@@ -60,11 +60,19 @@ def test_a_product_is_x_times_the_weight_plus_the_bias(layout, rows, has_bias):
     assert torch.equal(product.dense(), weight)
 
 
+@pytest.mark.parametrize("sizes", [(16, 32, 5), (5, 16, 3)])
+def test_weights_are_stacked(layout, sizes):
+    x, weight, bias, wanted = case(3, 24, sum(sizes), has_bias=True)
+    product = Product(weight.split(sizes), bias)
+    assert (product(x) - wanted).abs().max() < 1e-5
+    assert torch.equal(product.dense(), weight)
+
+
 @pytest.mark.parametrize("layout", ["panels"], indirect=True)
 def test_columns_of_x_that_do_not_lie_together_are_read_as_they_are(layout):
     x, weight, _, _ = case(5, 24, 37)
     assert torch.equal(
-        Product(weight[:, :12], None)(x[:, ::2]), Product(weight[:, :12], None)(x[:, ::2].clone())
+        Product([weight[:, :12]], None)(x[:, ::2]), Product([weight[:, :12]], None)(x[:, ::2].clone())
     )
 
 
@@ -74,14 +82,14 @@ def test_any_size_is_right(rows, width, columns, has_bias):
     x, weight, bias, wanted = case(rows, width, columns, has_bias=has_bias)
     # Rounding: a sum of n products in order is off by at most n half units of the sum of their sizes.
     most = (width + 1) * 2.0**-24 * (x.abs().double() @ weight.abs().double().t() + 4)
-    assert ((Product(weight, bias)(x) - wanted).abs() <= most).all()
+    assert ((Product([weight], bias)(x) - wanted).abs() <= most).all()
 
 
 @compiled
 @pytest.mark.parametrize("rows", range(1, 41))
 def test_every_count_of_rows_is_right_at_every_level_and_a_row_is_the_same_in_each(level, rows):
     x, weight, bias, wanted = case(40, 45, 83, has_bias=True)
-    product = Product(weight, bias)
+    product = Product([weight], bias)
     found = product(x[:rows])
     assert (found - wanted[:rows]).abs().max() < 1e-4
     assert torch.equal(found, product(x)[:rows])
