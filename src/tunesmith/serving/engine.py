@@ -20,7 +20,7 @@ from tunesmith.serving.desk import Desk, Places, Request
 from tunesmith.serving.desk_engine import DeskEngine
 from tunesmith.serving.forward import Stretches, forward, logits
 from tunesmith.serving.kv_cache import KvCache, PrefixCache
-from tunesmith.serving.mixed_lora import Adapter, Plan, segments
+from tunesmith.serving.mixed_lora import Adapter, Plan
 from tunesmith.serving.next_tokens import NextTokenPass
 from tunesmith.serving.planner import Planner
 from tunesmith.serving.seam import AdapterKey, EngineFacts, EngineLimits
@@ -155,14 +155,14 @@ class CpuEngine(DeskEngine[Adapter]):
             stretches.append((seat.slot, start, seat.stretch))
             tokens += request.tokens[start : start + seat.stretch]
             positions += range(start, start + seat.stretch)
-        plan = segments(
+        plan = self._planner.stretches(
             [(length, request.adapter) for (_, _, length), request in zip(stretches, requests, strict=True)]
         )
         hidden = forward(
             self._base,
             tokens,
             torch.tensor(positions),
-            Stretches(self._cache, stretches),
+            Stretches(self._cache, stretches, self._scratch),
             plan,
             self._scratch,
         )
@@ -175,7 +175,7 @@ class CpuEngine(DeskEngine[Adapter]):
                 rows.append(row - 1)
         if done:
             kept = hidden.index_select(0, torch.tensor(rows))
-            self._emit(done, kept, segments([(1, request.adapter) for request in done]))
+            self._emit(done, kept, self._planner.stretches([(1, request.adapter) for request in done]))
         for request in done:
             if not request.is_over:
                 slot = self._seats[request].slot

@@ -10,11 +10,15 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from tunesmith.data.packing import Layout
+from tunesmith.models.kernels.arrangement import Shape
 from tunesmith.models.kernels.layer import Norm
 from tunesmith.models.kernels.norm import rms_norm
 from tunesmith.models.kernels.rotary import rotate
 from tunesmith.models.kernels.scratch import Scratch
+from tunesmith.models.kernels.segments import Segments, attend, segments
 from tunesmith.models.kernels.swiglu import swiglu
+from tunesmith.native import is_compiled
 from tunesmith.serving.base_weights import BaseWeights, Group, LayerWeights
 from tunesmith.serving.kv_cache import KvCache
 from tunesmith.serving.mixed_lora import Plan
@@ -92,18 +96,39 @@ def _project_onto(x: torch.Tensor, group: Group, plan: Plan, out: torch.Tensor) 
 
 
 class Stretches:
-    """Attention of stretches of prompts: (slot, first position, length) in the order of the tokens."""
+    """Attention of stretches of prompts: (slot, first position, length) in the order of the tokens.
 
-    def __init__(self, cache: KvCache, stretches: Sequence[tuple[int, int, int]]) -> None:
-        self._cache, self._stretches = cache, stretches
+    Where all are beginnings, nothing but their own tokens is seen: then the compiled attention of training takes them
+    by one call, where there is one.
+    """
+
+    def __init__(self, cache: KvCache, stretches: Sequence[tuple[int, int, int]], scratch: Scratch) -> None:
+        self._cache, self._stretches, self._scratch = cache, stretches, scratch
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}  # for all layers
+        self._segments: dict[Shape, Segments] = {}
+        self._are_beginnings = is_compiled("training") and not any(start for _, start, _ in stretches)
 
     def __call__(self, number: int, layer: LayerWeights, qkv: torch.Tensor, out: torch.Tensor) -> None:
+        width, row = layer.qkv.sizes[0], 0
+        for slot, start, length in self._stretches:
+            place = slot * self._cache.capacity + start
+            self._cache.layers[number][place : place + length] = qkv[row : row + length, width:]
+            row += length
+        if self._are_beginnings:
+            self._attend_beginnings(layer.shape, qkv, out)
+        else:
+            self._attend_each(number, layer, qkv, out)
+
+    def _attend_beginnings(self, shape: Shape, qkv: torch.Tensor, out: torch.Tensor) -> None:
+        if shape not in self._segments:
+            lengths = tuple(length for _, _, length in self._stretches)
+            self._segments[shape] = segments(Layout(0, lengths), shape)
+        attend(qkv, self._segments[shape], shape, out, self._scratch)
+
+    def _attend_each(self, number: int, layer: LayerWeights, qkv: torch.Tensor, out: torch.Tensor) -> None:
         shape, width, row = layer.shape, layer.qkv.sizes[0], 0
         for slot, start, length in self._stretches:
             rows = slice(row, row + length)
-            place = slot * self._cache.capacity + start
-            self._cache.layers[number][place : place + length] = qkv[rows, width:]
             keys, values = self._cache.view(number, slot, 1, start + length)
             query = qkv[rows, :width].view(1, length, shape.heads, shape.size).transpose(1, 2)
             is_plain = start == 0 and shape.window is None

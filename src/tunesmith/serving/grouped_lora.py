@@ -22,24 +22,24 @@ def is_grouped(base: BaseWeights) -> bool:
 
 
 class Grouped(Plan):
-    """Single rows, those of one adapter together.
+    """Stretches of rows, (length, adapter) in order, those of one adapter together.
 
     ``table`` (adapters, 3) int64: an adapter's first row, its rows and the address of its terms, as the C reads them.
     ``rank``: numbers of a shrunk row.
     """
 
-    def __init__(self, rows: Sequence[Adapter | None]) -> None:
-        self._embedded = segments([(1, adapter) for adapter in rows])
+    def __init__(self, stretches: Sequence[tuple[int, Adapter | None]]) -> None:
+        self._embedded = segments(stretches)
         self._adapters: list[Adapter] = []  # kept while their addresses are in use
         found: list[tuple[int, int, int]] = []
         start = 0
-        for _, stretch in groupby(rows, key=lambda adapter: adapter and adapter.key):
-            members = list(stretch)
-            adapter = members[0]
+        for _, neighbours in groupby(stretches, key=lambda stretch: stretch[1] and stretch[1].key):
+            members = list(neighbours)
+            rows, adapter = sum(length for length, _ in members), members[0][1]
             if adapter is not None:
-                found.append((start, len(members), adapter.addresses.data_ptr()))
+                found.append((start, rows, adapter.addresses.data_ptr()))
                 self._adapters.append(adapter)
-            start += len(members)
+            start += rows
         self.table = torch.tensor(found, dtype=torch.int64).view(-1, 3)
         self.rank = -(-max((adapter.shrunk for adapter in self._adapters), default=0) // _RANKS) * _RANKS
 

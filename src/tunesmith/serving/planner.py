@@ -23,9 +23,13 @@ class Planner:
             self._last = (keys, self._plan(rows))
         return self._last[1]
 
+    def stretches(self, stretches: Sequence[tuple[int, Adapter | None]]) -> Plan:
+        """For stretches of rows, (length, adapter) in order, neighbours by adapter."""
+        return Grouped(stretches) if is_grouped(self._base) else segments(stretches)
+
     def _plan(self, rows: Sequence[Adapter | None]) -> Plan:
         if is_grouped(self._base):
-            return Grouped(rows)
+            return Grouped([(1, adapter) for adapter in rows])
         active = {adapter.key: adapter for adapter in rows if adapter is not None}
         rank = sum(adapter.rank for adapter in active.values())
         if len({id(adapter) for adapter in rows}) <= 1 or rank > MOST_STACKED_RANK:
