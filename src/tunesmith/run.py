@@ -166,8 +166,8 @@ def _hand_on(run: Run, record: RunRecord, totals: Totals, console: Console) -> N
     except KeyboardInterrupt:
         leave_report(run, make_record(run, totals, "interrupted"))
         raise
-    except Exception:  # the run itself is complete
-        leave_report(run, record)
+    except Exception:  # such as a full disk: what is left to do is done when the run is resumed
+        leave_report(run, replace(record, status="failed"))
         print_summary(console, record)
         raise
     leave_report(run, record)

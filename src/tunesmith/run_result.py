@@ -27,7 +27,7 @@ def forward_best(run: Run) -> str | None:
     """Copy a LoRA run's best checkpoint to ``{storage}/lora_fine_tuning/{tag}``; what to say of it.
 
     Raises:
-        CheckpointError: the copy could not be made; the run itself is complete.
+        CheckpointError: the copy could not be made; all else is done.
     """
     if run.parts.kind != "lora":
         return None
@@ -35,7 +35,8 @@ def forward_best(run: Run) -> str | None:
     try:
         path = forward(run.folder / BEST, forward_storage(run.config.output), tag)
     except TunesmithError as error:
-        kept = f"{error.remedy}; the run is complete, its best checkpoint is {run.folder / BEST}"
+        go_on = command_line("finetune", "--resume", str(run.folder))
+        kept = f"{error.remedy}; then copy {run.folder / BEST}, which is complete, with: {go_on}"
         raise CheckpointError(error.place, error.fault, kept) from error
     return f"Note: LoRA weights will also be stored in path {path} under {tag} bucket."
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import tunesmith.config.load
 import tunesmith.run
+import tunesmith.run_result
 import tunesmith.run_steps
 import tunesmith.training.stop
 from flow_parts import (
@@ -24,6 +25,7 @@ from flow_parts import (
     checkpoint_steps,
     events,
     finetune,
+    refused,
     refused_run,
     report,
     runs_in,
@@ -35,6 +37,7 @@ from flow_parts import (
 from resume_parts import equal, made, step_figures
 from tunesmith.checkpoints.manifest import read_manifest, verify
 from tunesmith.cli import main
+from tunesmith.errors import CheckpointError
 from tunesmith.models.kernels import decoder
 
 pytestmark = pytest.mark.flow
@@ -250,6 +253,25 @@ def test_a_run_stopped_while_its_result_is_forwarded_is_not_finished(
     run = stopped_and_resumed(tmp_path, tiny, rows, lora_config=LORA)
     assert "Stopped: " in (err := capfd.readouterr().err)
     assert f"tunesmith finetune --resume {run}" in err
+    assert list((tmp_path / "outputs" / "lora_fine_tuning").glob("*/adapter_model.safetensors"))
+
+
+def test_a_copy_that_could_not_be_made_is_made_when_the_run_is_resumed(
+    tmp_path, tiny, rows, monkeypatch, capfd
+):
+    config = write_config(tmp_path / "c.yaml", settings_for(tmp_path, tiny, rows, lora_config=LORA))
+    with monkeypatch.context() as patch:
+        full = CheckpointError("disk", "is full (ENOSPC)", "free some room")
+        patch.setattr(tunesmith.run_result, "forward", lambda *_: (_ for _ in ()).throw(full))
+        err = refused(capfd, ["finetune", str(config)], code=3)
+    (run,) = runs_in(tmp_path / "outputs")
+    assert f"disk: is full (ENOSPC); free some room; then copy {run / 'best'}" in err
+    assert f"tunesmith finetune --resume {run}" in err
+    assert report(run)["status"] == "failed"
+    losses = report(run)["eval_loss"]
+    assert main(["finetune", "--resume", str(run)]) == 0
+    assert report(run)["status"] == "finished"
+    assert report(run)["eval_loss"] == losses
     assert list((tmp_path / "outputs" / "lora_fine_tuning").glob("*/adapter_model.safetensors"))
 
 
