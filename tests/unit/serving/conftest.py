@@ -7,9 +7,27 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 
 from bases_parts import Made, Several, Start, make_bases, serving
 from serving_parts import Served, save_adapter, save_base, served
+from tunesmith import native
+
+
+@pytest.fixture(params=["AVX512", "AVX2"])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Functions compiled for a level of processor that this one has."""
+    if request.param == "AVX512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no AVX-512")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: request.param)
+    _forget_functions()
+    yield request.param
+    _forget_functions()
+
+
+def _forget_functions() -> None:
+    native._library.cache_clear()
+    native._function.cache_clear()
 
 
 @pytest.fixture(scope="session")

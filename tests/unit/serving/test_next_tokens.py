@@ -75,22 +75,6 @@ def make_adapter(
     return adapter_of(AdapterKey(f"{seed:064}"), pairs, base)
 
 
-@pytest.fixture(params=["AVX512", "AVX2"])
-def level(request, monkeypatch):
-    """Functions compiled for a level of processor that this one has."""
-    if request.param == "AVX512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("this processor has no AVX-512")
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: request.param)
-    forget()
-    yield request.param
-    forget()
-
-
-def forget() -> None:
-    native._library.cache_clear()
-    native._function.cache_clear()
-
-
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where nothing could be compiled."""
     for module in ("product", "grouped_lora", "next_tokens"):

@@ -20,22 +20,6 @@ def layout(request, monkeypatch) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["AVX512", "AVX2"])
-def level(request, monkeypatch):
-    """Functions compiled for a level of processor that this one has."""
-    if request.param == "AVX512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("this processor has no AVX-512")
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: request.param)
-    forget()
-    yield request.param
-    forget()
-
-
-def forget() -> None:
-    native._library.cache_clear()
-    native._function.cache_clear()
-
-
 def case(rows: int, width: int, columns: int, *, has_bias: bool = False) -> tuple[torch.Tensor, ...]:
     """x, weight, bias and the result in float64."""
     generator = torch.Generator().manual_seed(rows * 1000 + width * 10 + columns)
