@@ -39,18 +39,8 @@ def finetune(
     """
     from tunesmith.training.stop import terminate_as_interrupt
 
-    with terminate_as_interrupt():  # from now on: what follows imports for seconds
-        _finetune(config, overrides, default, resume, force_resume, skip_bad_rows)
-
-
-def _finetune(
-    config: str | None,
-    overrides: tuple[str, ...],
-    default: bool,
-    resume: str | None,
-    force_resume: bool,
-    skip_bad_rows: bool,
-) -> None:
+    # From now on, not only while it trains: what follows imports for seconds.
+    click.get_current_context().with_resource(terminate_as_interrupt())
     if force_resume and resume is None:
         raise ConfigError("--force-resume", "has no effect without --resume", "name the run, or leave it out")
     if config is None and resume not in (None, "auto"):
