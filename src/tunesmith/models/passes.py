@@ -33,6 +33,19 @@ class Pass:
     forward_seconds: float
     backward_seconds: float
 
+    @property
+    def seconds(self) -> float:
+        """Of both directions."""
+        return self.forward_seconds + self.backward_seconds
+
+    def __add__(self, other: "Pass") -> "Pass":
+        """Both micro-batches as one."""
+        return Pass(
+            self.total + other.total,
+            self.forward_seconds + other.forward_seconds,
+            self.backward_seconds + other.backward_seconds,
+        )
+
 
 class Passes(Protocol):
     """Evaluation and training of one model on micro-batches."""

@@ -18,7 +18,7 @@ from tunesmith.data.order import step_rows, stream_seed
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.batches import MicroBatches
-from tunesmith.models.passes import Passes, unasked
+from tunesmith.models.passes import Pass, Passes, unasked
 from tunesmith.tracking.events import StepEvent
 from tunesmith.training.schedule import StepPlan
 from tunesmith.training.worker_times import tell_share
@@ -75,19 +75,15 @@ def train_steps(
                 continue
             begun = time.perf_counter()
             trained_tokens = int(counts[chosen].sum())
-            total, forward_time, backward_time = 0.0, 0.0, 0.0
+            own = Pass(0.0, 0.0, 0.0)
             for turn, batch in enumerate(micro_batches(rows, chosen)):
-                number = workers.rank + turn * workers.world
                 check()
-                torch.manual_seed(stream_seed(seed, "dropout", step, number))
+                torch.manual_seed(stream_seed(seed, "dropout", step, workers.rank + turn * workers.world))
                 # Divided here by the count of the whole step, gradients simply add up to the step's mean.
-                done = passes.train(batch, 1 / trained_tokens, check)
-                total += done.total
-                forward_time += done.forward_seconds
-                backward_time += done.backward_seconds
-            share_seconds = _seconds_since(begun, parameters) if forward_time + backward_time else 0.0
+                own += passes.train(batch, 1 / trained_tokens, check)
+            share_seconds = _seconds_since(begun, parameters) if own.seconds else 0.0
             workers.sum_gradients(parameters)
-            shares = tell_share(workers, total, share_seconds, peak_memory_bytes())
+            shares = tell_share(workers, own.total, share_seconds, peak_memory_bytes())
             total = shares.total
             norm = _clip(parameters, max_grad_norm)
             if not (math.isfinite(total) and math.isfinite(norm)):
@@ -107,8 +103,8 @@ def train_steps(
                 learning_rate=rate,
                 train_loss_batch=total / trained_tokens,
                 grad_norm=norm,
-                fwd_time=forward_time,
-                bwd_time=backward_time,
+                fwd_time=own.forward_seconds,
+                bwd_time=own.backward_seconds,
                 train_time_per_step=seconds,
                 real_tokens=real_tokens,
                 trained_tokens=trained_tokens,
