@@ -76,12 +76,10 @@ class Server:
         with httpx.Client(base_url=self.url, timeout=5, trust_env=False) as client:
             while True:
                 self.check()
-                try:
+                with suppress(httpx.HTTPError):  # not yet
                     if client.get(self.health).status_code == 200:
                         self.start_seconds = time.perf_counter() - began
                         return
-                except httpx.HTTPError:
-                    pass
                 if time.perf_counter() - began > self.limit_seconds:
                     raise ServerFailed(f"{self.name} did not serve within {self.limit_seconds:.0f} s")
                 time.sleep(_POLL_SECONDS)

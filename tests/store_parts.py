@@ -6,6 +6,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from tunesmith.errors import OutputError
+from tunesmith.storage.places import open_place, upload
 
 BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -165,3 +169,9 @@ def google_server() -> Iterator[tuple[str, int]]:
         yield "127.0.0.1", port
     finally:
         server.stop()
+
+
+def put(folder: Path, url: str) -> None:
+    """Every file of a folder into a bucket."""
+    for file in sorted(folder.iterdir()):
+        upload(file, open_place(f"{url}/{file.name}", OutputError))

@@ -2,17 +2,16 @@
 
 import os
 import time
-from pathlib import Path
 
 import pytest
 
 from flow_parts import LORA, finetune, refused_run
 from serving_parts import save_adapter, save_base, served
-from store_parts import environment, fresh_clients, line_to, s3_server
+from store_parts import environment, fresh_clients, line_to, put, s3_server
 from tunesmith.checkpoints.manifest import read_manifest, verify
 from tunesmith.errors import OutputError
 from tunesmith.serving.bucket import local_root
-from tunesmith.storage.places import list_files, open_place, upload
+from tunesmith.storage.places import list_files, open_place
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
@@ -38,11 +37,6 @@ def bucket(line):
     open_place(f"s3://{name}", OutputError).fs.mkdir(name)
     yield f"s3://{name}"
     line.heal()
-
-
-def put(folder: Path, url: str) -> None:
-    for file in sorted(folder.iterdir()):
-        upload(file, open_place(f"{url}/{file.name}", OutputError))
 
 
 def test_everything_of_a_run_in_a_bucket(bucket, line, tiny, rows, tmp_path):

@@ -2,15 +2,14 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from flow_parts import LORA, finetune, refused_run
-from store_parts import Line, google_server, line_to
+from store_parts import Line, google_server, line_to, put
 from tunesmith.checkpoints.manifest import read_manifest, verify
 from tunesmith.errors import OutputError
-from tunesmith.storage.places import list_files, open_place, upload
+from tunesmith.storage.places import list_files, open_place
 
 pytest.importorskip("gcsfs")
 pytest.importorskip("gcp_storage_emulator")
@@ -34,11 +33,6 @@ def bucket(line: Line) -> Iterator[str]:
     open_place(f"gs://{name}", OutputError).fs.mkdir(name)
     yield f"gs://{name}"
     line.heal()
-
-
-def put(folder: Path, url: str) -> None:
-    for file in sorted(folder.iterdir()):
-        upload(file, open_place(f"{url}/{file.name}", OutputError))
 
 
 def test_everything_of_a_run_in_a_bucket(bucket, line, tiny, rows, tmp_path):

@@ -268,6 +268,7 @@ def load(served: Served, right: dict[str, list[str]], clients: int) -> Iterator[
 
 
 def test_no_request_is_lost_when_a_replica_is_killed_under_load(on_ray, right, caplog):
+    """``load`` compares every answer, and raises what went wrong in a client when its block ends."""
     before = on_ray.processes()
     with load(on_ray.served, right, 6) as done:
         wait_for(lambda: sum(done) > 8, START_SECONDS)

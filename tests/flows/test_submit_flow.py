@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -48,13 +49,11 @@ def address() -> Iterator[str]:
     try:
         until = time.monotonic() + 90
         while True:
-            try:
+            with suppress(httpx.HTTPError):  # not yet
                 if httpx.get(
                     f"{url}/api/version", timeout=2, headers={"Authorization": f"Bearer {TOKEN}"}
                 ).is_success:
                     break
-            except httpx.HTTPError:
-                pass
             assert head.poll() is None, "ray start ended"
             assert time.monotonic() < until, "no dashboard"
             time.sleep(0.3)
