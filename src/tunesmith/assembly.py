@@ -1,7 +1,7 @@
 """The parts that a configuration names, built: rows, model, plan, held-out questions."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,7 @@ from tunesmith.models.method import (
 )
 from tunesmith.models.passes import KernelPasses, Passes, choose_passes
 from tunesmith.models.stops import Stops, find_stops
+from tunesmith.planning.nearest import Beside
 from tunesmith.starting_points import Origin, adapter_to_continue, origin_of, weights_id
 from tunesmith.training.schedule import StepPlan, plan_steps
 from tunesmith.training.workers import ALONE, Workers, first_then_others
@@ -193,7 +194,7 @@ def assemble(
             batch,
             optimization.seed,
             TOKEN_BUDGETS if token_budget is None else (token_budget,),
-            text.context_length if optimization.padding == "max_length" else None,
+            text.context_length if optimization.padding == "max_length" else 0,
             longest_uncut(loaded, heldout, text.model_limit),
             workers,
         )
@@ -272,6 +273,21 @@ def longest_uncut(loaded: LoadedConfig, scored: HeldOut | None, limit: int | Non
     if scored is None or evaluation is None or evaluation.test_path is None or limit is None:
         return 0
     return min(int(scored.rows.lengths.max()), limit)
+
+
+def rows_beside(heldout: Sequence[HeldOut], padded: int, uncut: int) -> Beside:
+    """What must fit beside the rows that are trained on, but for answers.
+
+    Args:
+        padded: the length that every row is padded to; 0: none is.
+        uncut: see ``longest_uncut``.
+    """
+    return Beside(
+        padded,
+        evaluated=max((int(split.rows.lengths.max()) for split in heldout), default=0),
+        predicted=max((int(split.rows.trained_counts.max()) for split in heldout), default=0),
+        kept=uncut,
+    )
 
 
 def held_out(
@@ -358,19 +374,16 @@ def _load(
 
 def _plan_memory(
     model: Any, train: TokenizedRows, heldout: Sequence[HeldOut], batch: int, seed: int,
-    budgets: Sequence[int], longest: int | None, uncut: int, workers: Workers,
+    budgets: Sequence[int], padded: int, uncut: int, workers: Workers,
 ) -> MemoryPlan:  # fmt: skip
     """What fits on every worker's machine, agreed among them."""
     decoder = read_decoder(model)
     trained_bytes = sum(p.numel() * p.element_size() for p in trainable_parameters(model))
     answering = max((_answering_bytes(model, rows) for rows in heldout), default=0)
-    evaluated = max((int(rows.rows.lengths.max()) for rows in heldout), default=0)
+    beside = replace(rows_beside(heldout, padded, uncut), answering=answering)
 
     def plan_for(budgets: Sequence[int]) -> MemoryPlan:
-        return plan_memory(
-            decoder, train, batch, seed, trained_bytes, budgets, longest, answering, workers.here, evaluated,
-            min(uncut, evaluated),
-        )  # fmt: skip
+        return plan_memory(decoder, train, batch, seed, trained_bytes, budgets, beside, workers.here)
 
     workers.barrier()  # until all models of a machine are loaded, what is free there is not known
     memory = plan_for(budgets)

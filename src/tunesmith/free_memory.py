@@ -1,5 +1,6 @@
 """The memory this process has, and what it could have."""
 
+import ctypes
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,15 @@ def resident_bytes() -> int:
         )
     except OSError:
         return 0
+
+
+def give_back_memory() -> None:
+    """What this process has freed goes back to the system, where the allocator would keep it (glibc).
+
+    It stays in pieces that fit nothing of what follows: the peak of a run was 0.1 GB higher for it.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_bytes(system: Path = Path("/")) -> int | None:

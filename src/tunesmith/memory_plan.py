@@ -11,10 +11,10 @@ from tunesmith.data.order import step_rows
 from tunesmith.data.packing import Layout, shared_prefix, split_packed
 from tunesmith.data.rows import TokenizedRows
 from tunesmith.errors import RunError
-from tunesmith.free_memory import available_bytes, resident_bytes
+from tunesmith.free_memory import available_bytes, give_back_memory, resident_bytes
 from tunesmith.models.kernels.decoder import Decoder
 from tunesmith.models.kernels.footprint import BatchShape, largest_buffers, training_bytes
-from tunesmith.planning.nearest import Beside, nearest
+from tunesmith.planning.nearest import NOTHING, Beside, nearest
 from tunesmith.training.loop import peak_memory_bytes
 
 # Computed tokens in a micro-batch. Matrix products are efficient from some hundred on; above the first, more tokens
@@ -43,8 +43,7 @@ class MemoryPlan:
 
 def plan_memory(
     decoder: Decoder, rows: TokenizedRows, rows_per_step: int, seed: int, trained_bytes: int,
-    token_budgets: Sequence[int] = TOKEN_BUDGETS, longest: int | None = None, answering_bytes: int = 0,
-    sharers: int = 1, heldout_longest: int = 0, heldout_kept: int | None = None,
+    token_budgets: Sequence[int] = TOKEN_BUDGETS, beside: Beside = NOTHING, sharers: int = 1,
 ) -> MemoryPlan:  # fmt: skip
     """The largest token budget whose run fits.
 
@@ -52,26 +51,20 @@ def plan_memory(
         decoder: the loaded model, its adapter attached.
         rows, rows_per_step, seed: they decide what stands in a micro-batch.
         trained_bytes: bytes of the trained tensors.
-        longest: tokens of a row that must fit too, whether there is one or not.
         token_budgets: those to choose from, the largest first.
-        answering_bytes: what answering held-out rows takes, while the buffers of training are given back.
+        beside: what must fit too.
         sharers: processes like this one that are to fit into what is free.
-        heldout_longest: tokens of the longest row that is only evaluated. It counts where it is longer than any
-            micro-batch, as if it were trained on; a shorter one takes less than training does.
-        heldout_kept: of those, the longest that a smaller ``context_length`` would not cut, so that no remedy relies on
-            that; None: none would be.
 
     Raises:
         RunError: even one row at a time does not fit.
     """
+    give_back_memory()  # what loading the model has freed would be counted as taken, and as not free
     resident, available = resident_bytes(), available_bytes()
     free = None if available is None else available // sharers
     added = 0
-    kept = heldout_longest if heldout_kept is None else heldout_kept
-    beside = Beside(longest or 0, heldout_longest, kept, answering_bytes)
     for budget in token_budgets:
         shapes = shapes_beside(rows, rows_per_step, seed, budget, beside)
-        added = added_bytes(decoder, shapes, trained_bytes, answering_bytes)
+        added = added_bytes(decoder, shapes, trained_bytes, beside.answering)
         if free is None or added <= free:
             peak = max(peak_memory_bytes(), resident + added)
             most = max(shape.tokens for shape in shapes)
@@ -101,30 +94,22 @@ def added_bytes(
     return int(added * _SLACK)
 
 
-def largest_shapes(
-    rows: TokenizedRows, rows_per_step: int, seed: int, token_budget: int, longest: int | None = None
-) -> list[BatchShape]:
-    """Micro-batches among which the largest of each buffer are; arguments as of ``plan_memory``."""
-    chosen = step_rows(len(rows), rows_per_step, seed, 1)[:_STEPS]
-    shapes = [_shape(rows, group) for step in chosen for group in split_packed(rows, step, token_budget)]
-    if longest is not None:
-        shapes.append(_alone(longest))
-    return _largest(shapes)
-
-
 def shapes_beside(
     rows: TokenizedRows, rows_per_step: int, seed: int, token_budget: int, beside: Beside
 ) -> list[BatchShape]:
-    """Those, and the rows that must fit beside them: padded ones, and held-out ones longer than any micro-batch."""
-    shapes = largest_shapes(rows, rows_per_step, seed, token_budget, beside.padded or None)
-    if beside.evaluated > max(shape.tokens for shape in shapes):
-        shapes.append(_alone(beside.evaluated))
+    """Micro-batches among which the largest of each buffer are, those of ``beside`` too; see ``plan_memory``."""
+    chosen = step_rows(len(rows), rows_per_step, seed, 1)[:_STEPS]
+    shapes = [_shape(rows, group) for step in chosen for group in split_packed(rows, step, token_budget)]
+    if beside.padded:
+        # All of it answer: the most that a row of this length can take.
+        shapes.append(BatchShape(Layout(0, (beside.padded,)), beside.padded))
+    shapes = _largest(shapes)
+    if beside.evaluated:
+        # Held-out rows stand in micro-batches as large as those of training, or alone in a larger one.
+        count = max(1, max(shape.tokens for shape in shapes) // beside.evaluated)
+        predicted = count * min(beside.predicted, beside.evaluated)
+        shapes.append(BatchShape(Layout(0, (beside.evaluated,) * count), predicted, is_trained=False))
     return shapes
-
-
-def _alone(tokens: int) -> BatchShape:
-    """A row by itself, every token of it trained: the most that a row of this length can take."""
-    return BatchShape(Layout(0, (tokens,)), tokens)
 
 
 def _shape(rows: TokenizedRows, group: Sequence[int]) -> BatchShape:

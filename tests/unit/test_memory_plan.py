@@ -14,6 +14,7 @@ from tunesmith.errors import RunError
 from tunesmith.free_memory import available_bytes, resident_bytes
 from tunesmith.memory_plan import TOKEN_BUDGETS, plan_memory
 from tunesmith.models.kernels.reading import read_decoder
+from tunesmith.planning.nearest import Beside
 
 
 def rows(count: int, length: int) -> TokenizedRows:
@@ -48,11 +49,16 @@ def test_evaluation_never_has_more_tokens_at_once_than_training():
     plan = plan_memory(decoder, data, 4, 0, 1000)
     assert plan.token_budget == TOKEN_BUDGETS[0]
     assert plan.evaluation_budget == 4 * 49  # the last token of a row predicts nothing
-    shorter = plan_memory(decoder, data, 4, 0, 1000, heldout_longest=190)
-    assert (shorter.evaluation_budget, shorter.buffers) == (plan.evaluation_budget, plan.buffers)
-    longer = plan_memory(decoder, data, 4, 0, 1000, heldout_longest=700)
+    shorter = plan_memory(decoder, data, 4, 0, 1000, beside=Beside(evaluated=49, predicted=46))
+    assert shorter.evaluation_budget == plan.evaluation_budget
+    state = {"x 0": 196 * 32}  # the tiny model's width; training reads its first layer's input elsewhere
+    assert shorter.buffers == {**plan.buffers, **state}
+    longer = plan_memory(decoder, data, 4, 0, 1000, beside=Beside(evaluated=700, predicted=90))
     assert longer.evaluation_budget == 700
-    assert longer.buffers["qkv 0"] * 196 == plan.buffers["qkv 0"] * 700  # buffers are as long as the longest
+    # One layer after the other is evaluated, in buffers as long as the longest; no other grows.
+    assert longer.buffers["qkv 0"] * 196 == plan.buffers["qkv 0"] * 700
+    assert longer.buffers["qkv 1"] == plan.buffers["qkv 1"]
+    assert longer.buffers["logits"] == plan.buffers["logits"]
 
 
 def test_what_the_system_tells():
@@ -122,8 +128,8 @@ def test_a_row_that_must_fit_is_planned_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory_plan, "peak_memory_bytes", lambda: 0)  # of all tests before this one
     monkeypatch.setattr(memory_plan, "available_bytes", lambda: None)
     short = plan_memory(decoder, data, 32, 0, 1000)
-    same = plan_memory(decoder, data, 32, 0, 1000, longest=50)
-    longer = plan_memory(decoder, data, 32, 0, 1000, longest=4000)
+    same = plan_memory(decoder, data, 32, 0, 1000, beside=Beside(padded=50))
+    longer = plan_memory(decoder, data, 32, 0, 1000, beside=Beside(padded=4000))
     # A row that must fit is counted with its last token, which is only predicted: attention's work for one more key.
     assert same.token_budget == short.token_budget
     assert 0 <= same.peak_bytes - short.peak_bytes < 1000

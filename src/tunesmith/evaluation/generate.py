@@ -1,9 +1,8 @@
 """Batched greedy generation that gives each prompt the answer it would get alone."""
 
-import ctypes
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from tunesmith.errors import ModelError, NonFiniteError
 from tunesmith.evaluation.answer_cache import answer_cache, parts
+from tunesmith.free_memory import give_back_memory
 from tunesmith.models.device import computing_device
 
 # A batch is made smaller once this share of its rows is done. Making it smaller copies what is left of
@@ -103,7 +103,7 @@ def generate_greedy(
                 done += finished
                 if on_progress is not None:
                     on_progress(done, len(prompts))
-            _give_back_memory()
+            give_back_memory()
     return answers
 
 
@@ -157,7 +157,7 @@ def _generate_batch(
             )
             chosen.append(_most_likely(output.logits))
             if input_ids.shape[1] > 1:
-                _give_back_memory()
+                give_back_memory()
         if len(chosen) > 1 and output.past_key_values is not cache:
             raise ModelError(
                 "generation",
@@ -214,15 +214,6 @@ def _most_likely(logits: torch.Tensor) -> torch.Tensor:
     if torch.isnan(largest).any():
         raise NonFiniteError("generation", "the model's logits are NaN", "check its weights and precision")
     return tokens
-
-
-def _give_back_memory() -> None:
-    """What a pass over prompts freed goes back to the system, where the allocator would keep it (glibc).
-
-    It stays in pieces that fit nothing of what follows: the peak of a run was 0.1 GB higher for it.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _takes_logits_to_keep(model: torch.nn.Module) -> bool:

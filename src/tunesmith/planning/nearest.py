@@ -28,12 +28,14 @@ class Beside:
     Attributes:
         padded: the length that every row may be padded to.
         evaluated: of the longest row that only losses are taken of.
+        predicted: most of such a row that are answers, whose losses are taken.
         kept: of those, the longest that a smaller ``context_length`` does not cut: rows of a test file.
         answering: bytes, and no tokens: what answering held-out rows takes, while training's are given back.
     """
 
     padded: int = 0
     evaluated: int = 0
+    predicted: int = 0
     kept: int = 0
     answering: int = 0
 
@@ -186,7 +188,7 @@ def _shorter(run: _Run, fits: Callable[[_Run], bool]) -> list[str] | None:
     held = _longest_held_out(run, fits)
     if held is not None:
         return [_held_out(held, run)]
-    trained = replace(run, beside=run.beside.shortened(0))
+    trained = replace(run, beside=run.beside.shortened(_GRAIN))
     length = _longest_that_fits(trained.cut, fits, trained.longest)
     cut = run.cut(length) if length is not None else None
     held = _longest_held_out(cut, fits) if cut is not None else None

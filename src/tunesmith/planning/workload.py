@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.assembly import assemble_text, held_out, longest_uncut, rows_per_step
+from tunesmith.assembly import assemble_text, held_out, longest_uncut, rows_beside, rows_per_step
 from tunesmith.config.load import LoadedConfig
 from tunesmith.data.order import step_rows
 from tunesmith.data.packing import shared_prefix, split_packed
@@ -130,10 +130,10 @@ def read_workload(
         **_duration(loaded),
         context_length=text.context_length,
         examples=examples,
-        beside=Beside(
-            padded=text.context_length if _pads(loaded) else 0,
-            evaluated=max((int(split.rows.lengths.max()) for split in evaluated), default=0),
-            kept=longest_uncut(loaded, scored, text.model_limit),
+        beside=rows_beside(
+            evaluated,
+            text.context_length if _pads(loaded) else 0,
+            longest_uncut(loaded, scored, text.model_limit),
         ),
         asked=tuple(
             Asked(tuple(len(q.prompt_ids) for q in split.questions), split.max_new_tokens)

@@ -32,6 +32,11 @@ def needs(decoder: Decoder, data: TokenizedRows, trained: int, beside: Beside = 
     )
 
 
+def held(length: int, kept: int = 0) -> Beside:
+    """Held-out rows that are answers from end to end."""
+    return Beside(evaluated=length, predicted=length, kept=kept)
+
+
 def trained_bytes(model: object) -> int:
     return sum(p.nbytes for p in model.parameters() if p.requires_grad)  # type: ignore[attr-defined]
 
@@ -125,26 +130,26 @@ def test_settings_that_are_set_already_are_not_named():
 def test_a_held_out_row_that_is_longer_than_all_is_what_has_to_be_shorter():
     model, data = tiny_model(), rows(16, 200)
     decoder, trained = read_decoder(model), trained_bytes(model)
-    free = needs(decoder, data, trained)
-    beside = Beside(evaluated=3000, kept=3000)  # of a test file, which context_length does not cut
+    free = needs(decoder, data, trained, held(600))
+    beside = held(3000, kept=3000)  # of a test file, which context_length does not cut
     assert needs(decoder, data, trained, beside) > free
     text = nearest(needs, decoder, data, trained, free, beside)
     assert "context_length" not in text
     length = int(re.search(r"held-out rows of at most (\d+) tokens \(the longest has 3,000\)", text)[1])  # type: ignore[index]
-    assert needs(decoder, data, trained, Beside(evaluated=length)) <= free
-    assert needs(decoder, data, trained, Beside(evaluated=length + 32)) > free
+    assert needs(decoder, data, trained, held(length)) <= free
+    assert needs(decoder, data, trained, held(length + 32)) > free
 
 
 def test_a_smaller_context_length_cuts_validation_rows_with_the_others():
     model, data = tiny_model(), rows(16, 200)
     decoder, trained = read_decoder(model), trained_bytes(model)
-    free = needs(decoder, data, trained, Beside(evaluated=600))
-    text = nearest(needs, decoder, data, trained, free, Beside(evaluated=3000))
+    free = needs(decoder, data, trained, held(600))
+    text = nearest(needs, decoder, data, trained, free, held(3000))
     length = int(re.search(r"context_length: (\d+) with on_too_long: truncate", text)[1])  # type: ignore[index]
     assert length == 576  # 600 is no multiple of 32
     assert "of the rows" not in text  # no row that is trained on is cut
-    assert needs(decoder, data, trained, Beside(evaluated=length)) <= free
-    assert needs(decoder, data, trained, Beside(evaluated=length + 32)) > free
+    assert needs(decoder, data, trained, held(length)) <= free
+    assert needs(decoder, data, trained, held(length + 32)) > free
 
 
 def test_rows_need_not_be_padded():
@@ -177,27 +182,25 @@ def test_no_more_is_named_together_than_is_needed():
 def test_what_is_named_together_is_enough_together():
     model, data = tiny_model(), rows(16, 1000)
     decoder, trained = read_decoder(model), trained_bytes(model)
-    beside = Beside(evaluated=4000, kept=4000)
+    beside = held(4000, kept=4000)
     short = needs(replace(decoder, saves_activations=False), rows(16, 300), trained)
     text = nearest(needs, decoder, data, trained, short, beside)
     found = re.search(r"context_length: (\d+) .*held-out rows of at most ([\d,]+) tokens", text)
     assert found is not None, text
-    length, held = int(found[1]), int(found[2].replace(",", ""))
+    length, heldout = int(found[1]), int(found[2].replace(",", ""))
     lora = with_default_adapter(decoder) if "lora_config" in text else decoder
     light = replace(lora, saves_activations="gradient_checkpointing: true" not in text)
     size = default_adapter_bytes(decoder) if "lora_config" in text else trained
     loaded = size if "lora_config" in text else 0
-    assert (
-        needs(light, fit_to_length(data, length, "truncate"), size, Beside(evaluated=held)) + loaded <= short
-    )
+    assert needs(light, fit_to_length(data, length, "truncate"), size, held(heldout)) + loaded <= short
 
 
 def test_a_refused_run_does_not_rely_on_cutting_rows_that_stay(monkeypatch: pytest.MonkeyPatch):
     model, data = tiny_model(), rows(16, 200)
     decoder, trained = read_decoder(model), trained_bytes(model)
     monkeypatch.setattr(memory_plan, "available_bytes", lambda: needs(decoder, data, trained))
-    for kept, named in ((None, "held-out rows"), (3000, "held-out rows"), (0, "context_length")):
+    for kept, named in ((3000, "held-out rows"), (0, "context_length")):
         with pytest.raises(RunError) as caught:
-            plan_memory(decoder, data, 8, 0, trained, heldout_longest=3000, heldout_kept=kept)
+            plan_memory(decoder, data, 8, 0, trained, beside=held(3000, kept=kept))
         assert named in str(caught.value)
         assert ("context_length" in str(caught.value)) == (kept == 0)

@@ -42,11 +42,16 @@ LIMITS = EngineLimits(64, 400, running=4, waiting=4)
 
 
 class InProcess:
-    """``Replicas`` by turns. ``losses``: for each call in order the tokens after which it is lost, None: it is not."""
+    """``Replicas`` by turns.
+
+    ``losses``: for each call in order the tokens after which it is lost, None: it is not. ``hangs``: after the first
+    token of an answer nothing more comes.
+    """
 
     def __init__(self, workers: list[Worker]) -> None:
         self.workers = workers
         self.losses: list[int | None] = []
+        self.hangs = False
         self.calls: list[Call] = []
         self.closed = 0
         self._adapters: dict[tuple[int, str], HeldAdapter] = {}
@@ -63,6 +68,9 @@ class InProcess:
 
         async with aclosing(self.workers[place].answer(call, adapter)) as answers:
             async for items in answers:
+                if self.hangs and not isinstance(items, EngineError):
+                    yield items[:1]
+                    await asyncio.Event().wait()
                 if isinstance(items, EngineError) or left is None:
                     yield items
                     continue
@@ -271,7 +279,7 @@ def test_what_no_replica_takes_is_refused_at_once(engine, replicas, ids, changed
 
 
 def test_closing_ends_what_runs(replicas, snapshots):
-    engine = RemoteEngine(replicas, LIMITS, snapshots)
+    engine, replicas.hangs = RemoteEngine(replicas, LIMITS, snapshots), True
     answer = ask(engine, prompt(4), count=59)
     answer.next()
     engine.close()

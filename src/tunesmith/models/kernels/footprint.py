@@ -1,7 +1,7 @@
 """How much memory a micro-batch takes: the buffers taken from ``Scratch`` by the passes of ``decoder``, counted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,14 +17,25 @@ from tunesmith.native import is_compiled
 
 # What the compiled functions keep in registers.
 _BY_TORCH_ONLY = ("normed", "norm product", "rotary", "seen")
+# What only the backward pass and dropout take.
+_BACKWARD = frozenset(
+    (
+        "dx", "dx of all", "dhidden", "dup", "dactive", "dattention", "dattention of all", "dqkv", "dgathered",
+        "prefix sums", "seen", "normed", "norm product",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A micro-batch without its tokens: ``trained`` of the flat list's tokens are predicted."""
+    """A micro-batch without its tokens: ``trained`` of the flat list's tokens are predicted.
+
+    ``is_trained``: False: only losses are taken of it.
+    """
 
     layout: Layout
     trained: int
+    is_trained: bool = True
 
     @property
     def tokens(self) -> int:
@@ -63,6 +74,16 @@ def training_buffers(decoder: Decoder, shape: BatchShape) -> dict[str, int]:
     need("dattention of all", count * queries)
     need("dx of all", count * width)
     return found
+
+
+def evaluation_buffers(decoder: Decoder, shape: BatchShape) -> dict[str, int]:
+    """Elements of each buffer that ``token_losses`` takes for a micro-batch of this shape: one layer's at a time."""
+    last = len(decoder.layers) - 1
+    found = training_buffers(replace(decoder, saves_activations=False), shape)
+    states = {f"x {number}" for number in range(1, last + 1)}
+    taken = {name: size for name, size in found.items() if name not in _BACKWARD | states}
+    size = shape.tokens * decoder.embeddings.weight.shape[1]
+    return taken | {f"x {number}": size for number in range(min(last, 2))}
 
 
 def _layer_buffers(layer: Layer, count: int, kept: int, slot: int) -> dict[str, int]:
@@ -122,14 +143,16 @@ def largest_buffers(decoder: Decoder, shapes: Sequence[BatchShape]) -> dict[str,
     """Elements of each buffer after micro-batches of all these shapes."""
     largest: dict[str, int] = {}
     for shape in shapes:
-        for name, size in training_buffers(decoder, shape).items():
+        counted = training_buffers if shape.is_trained else evaluation_buffers
+        for name, size in counted(decoder, shape).items():
             largest[name] = max(largest.get(name, 0), size)
     return largest
 
 
 def training_bytes(decoder: Decoder, shapes: Sequence[BatchShape]) -> int:
     """Bytes of all buffers after micro-batches of these shapes, and of what a micro-batch saves beside them."""
-    beside = max(sum(_saved_beside(layer, shape.tokens) for layer in decoder.layers) for shape in shapes)
+    trained = (shape for shape in shapes if shape.is_trained)
+    beside = max(sum(_saved_beside(layer, shape.tokens) for layer in decoder.layers) for shape in trained)
     element: int = decoder.norm.weight.element_size()
     return sum(largest_buffers(decoder, shapes).values()) * element + beside
 

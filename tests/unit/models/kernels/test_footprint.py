@@ -7,8 +7,8 @@ import torch
 from tiny_models import tiny_model
 from tunesmith.data.packing import pack_rows
 from tunesmith.data.rendering import TokenizedExample
-from tunesmith.models.kernels.decoder import loss_and_gradients
-from tunesmith.models.kernels.footprint import BatchShape, training_buffers
+from tunesmith.models.kernels.decoder import loss_and_gradients, token_losses
+from tunesmith.models.kernels.footprint import BatchShape, evaluation_buffers, training_buffers
 from tunesmith.models.kernels.reading import read_decoder
 from tunesmith.models.kernels.scratch import Scratch
 
@@ -43,5 +43,12 @@ def test_every_buffer_is_counted_exactly(
         )
     decoder, batch, scratch = read_decoder(model), pack_rows(rows(lengths, prefix), CPU), Scratch()
     loss_and_gradients(decoder, batch, 1.0, scratch)
-    counted = training_buffers(decoder, BatchShape(batch.layout, batch.trained_tokens))
+    shape = BatchShape(batch.layout, batch.trained_tokens)
+    counted = training_buffers(decoder, shape)
+    assert {name: size for name, size in counted.items() if size} == scratch.elements()
+    model.eval()
+    decoder, scratch = read_decoder(model), Scratch()
+    with torch.no_grad():
+        token_losses(decoder, batch, scratch)
+    counted = evaluation_buffers(decoder, shape)
     assert {name: size for name, size in counted.items() if size} == scratch.elements()
