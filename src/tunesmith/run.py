@@ -6,6 +6,7 @@ This module and ``cli`` are the only ones that unpack a configuration.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -480,9 +481,12 @@ def _save_here(
 
     def write(folder: Path) -> None:
         model_id = parts.text.base.model_id
-        save_servable(parts.model, parts.kind, parts.text.tokenizer, folder, model_id, served)
         (folder / TRAINING).mkdir()
-        save_training_state(folder / TRAINING, kept)
+        # Copying into the system's file cache keeps a processor busy: two take as long as the larger file does.
+        with ThreadPoolExecutor(1) as pool:
+            training = pool.submit(save_training_state, folder / TRAINING, kept)
+            save_servable(parts.model, parts.kind, parts.text.tokenizer, folder, model_id, served)
+            training.result()
         seconds = totals.earlier_seconds + time.perf_counter() - run.started
         state = RunState(
             replace(totals, earlier_seconds=seconds), tuple(before), _budget(parts), environment_of(parts)

@@ -8,7 +8,9 @@ configured it is signed, see ``signature.py``.
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -99,8 +101,11 @@ def hash_files(folder: Path) -> dict[str, FileStamp]:
     Raises:
         CheckpointError: something in it is a link or not a regular file, or cannot be read.
     """
+    found = _files_under(folder)
+    digests = _sha256_each(found.values())
     return {
-        name: FileStamp(_sha256(path), path.stat().st_size) for name, path in _files_under(folder).items()
+        name: FileStamp(digest, path.stat().st_size)
+        for (name, path), digest in zip(found.items(), digests, strict=True)
     }
 
 
@@ -146,8 +151,9 @@ def verify(folder: Path) -> Manifest:
     """
     manifest, _ = identified(folder)
     verify_sizes(folder, manifest)
-    for name, stamp in sorted(manifest.files.items()):
-        if _sha256(folder / name) != stamp.sha256:
+    names = sorted(manifest.files)
+    for name, digest in zip(names, _sha256_each(folder / name for name in names), strict=True):
+        if digest != manifest.files[name].sha256:
             raise CheckpointError(str(folder / name), "its content is not what was saved", _USE_ANOTHER)
     return manifest
 
@@ -180,7 +186,8 @@ def fingerprint_weights(files: Sequence[Path]) -> tuple[dict[str, str], str]:
         CheckpointError: a file cannot be read.
         ValueError: two files have the same name.
     """
-    digests = {path.name: _sha256(path) for path in sorted(files, key=lambda path: path.name)}
+    ordered = sorted(files, key=lambda path: path.name)
+    digests = dict(zip([path.name for path in ordered], _sha256_each(ordered), strict=True))
     if len(digests) != len(files):
         raise ValueError("two weight files have the same name")
     lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
@@ -226,6 +233,12 @@ def _files_under(folder: Path) -> dict[str, Path]:
         if path.is_file() and name not in (MANIFEST_NAME, SIGNATURE_NAME):
             found[name] = path
     return found
+
+
+def _sha256_each(paths: Iterable[Path]) -> list[str]:
+    """SHA-256 of files, several at once: a processor hashes 1 GB a second, a full checkpoint has 1.6."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_sha256, paths))
 
 
 def _sha256(path: Path) -> str:
