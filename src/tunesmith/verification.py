@@ -97,9 +97,8 @@ def verify_run(folder: Path, steps: int, say: Say) -> Proof:
 
 def print_proof(console: Console, proof: Proof) -> None:
     """What was proved, and no more."""
-    console.print(
-        Text(f"{len(proof.verified)} folders: every file has the SHA-256 that was saved"), style="green"
-    )
+    folders = f"{len(proof.verified)} folder{'s' if len(proof.verified) > 1 else ''}"
+    console.print(Text(f"{folders}: every file has the SHA-256 that was saved"), style="green")
     stretch = f"steps {proof.first} to {proof.last} were computed again"
     console.print(Text(f"{stretch}: losses and gradient norms are equal to the last bit"), style="green")
     if proof.tensors:
