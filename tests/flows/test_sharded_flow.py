@@ -35,7 +35,14 @@ def losses(run: Path) -> list[float]:
 @pytest.mark.parametrize("method", [{"lora_config": LORA}, {"learning_rate": 0.003}], ids=["lora", "full"])
 def test_two_workers_that_split_everything_leave_what_one_process_leaves(tmp_path, tiny, rows, capfd, method):
     # Three epochs of 20 rows in steps of 8: the best checkpoint need not be the last, and is put back to be scored.
-    shared = {**method, "evaluation": {"metric": "token_f1", "max_new_tokens": 6}, "num_epochs": 3}
+    shared = {
+        **method,
+        "evaluation": {"metric": "token_f1", "max_new_tokens": 6},
+        "num_epochs": 3,
+        # With the usual 1e-8 AdamW makes the rounding of a gradient that nearly cancels into a visible step: one
+        # process with autograd, as here, then differs from one with the kernels by 5e-5 in one weight of a full run.
+        "optimizer": {"adam_epsilon": 1e-5},
+    }
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     one = finetune(tmp_path / "one", tiny, rows, train_batch_size_per_device=8, **shared)
@@ -53,7 +60,7 @@ def test_two_workers_that_split_everything_leave_what_one_process_leaves(tmp_pat
     assert together["samples"] == alone["samples"]
     wanted, found = tensors(one / "best"), tensors(two / "best")
     assert wanted.keys() == found.keys()
-    assert all(torch.allclose(found[name], wanted[name], rtol=1e-3, atol=1e-5) for name in wanted)
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-6) for name in wanted)
     assert {path.name for path in (two / "best").iterdir()} == {
         path.name for path in (one / "best").iterdir()
     }

@@ -12,7 +12,14 @@ from rich.console import Console
 
 from tunesmith.cluster.desk import Desk, News
 from tunesmith.cluster.ray_setup import connected, import_ray
-from tunesmith.cluster.resources import Request, Resources, node_beside, refuse_impossible, request_of
+from tunesmith.cluster.resources import (
+    Request,
+    Resources,
+    node_beside,
+    refuse_impossible,
+    refuse_nothing,
+    request_of,
+)
 from tunesmith.cluster.worker import Screen, Task, work
 from tunesmith.cluster.worker_log import LOGS
 from tunesmith.config.deepspeed_file import read_deepspeed
@@ -55,6 +62,7 @@ def finetune_on_cluster(loaded: LoadedConfig, console: Console, options: RunOpti
             settings.trainer_resources,
             ray.cluster_resources(),
         )
+        refuse_nothing(request, loaded.place("worker_resources"))
         nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
         if not os.environ.get("TUNESMITH_CLUSTER_GROWS"):
             refuse_impossible(request, list(nodes.values()), place)
@@ -210,8 +218,12 @@ def _outcome(news: News, fit: _Fit) -> RunRecord:
         return news.record
     if news.crash is not None:
         raise RuntimeError(f"a worker failed:\n{news.crash}")
+    from ray.train import WorkerGroupError
+
     reason = " ".join(str(fit.error).split())[:300]
-    remedy = "the run can go on from its last checkpoint: give --resume auto"
+    remedy = "mend that and start it again: nothing has been saved yet"
     if news.folder is not None:
-        remedy = f"see {news.folder / LOGS}; {remedy}"
-    raise RunError("workers", f"were lost more than {MAX_FAILURES} times ({reason})", remedy) from fit.error
+        remedy = f"see {news.folder / LOGS}; the run can go on from its last checkpoint: give --resume auto"
+    is_loss = isinstance(fit.error, WorkerGroupError)
+    fault = f"were lost more than {MAX_FAILURES} times" if is_loss else "were given up by Ray Train"
+    raise RunError("workers", f"{fault} ({reason})", remedy) from fit.error

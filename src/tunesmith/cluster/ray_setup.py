@@ -86,6 +86,7 @@ _QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
 def _join(ray: Any, given: str) -> None:
+    given = _found_here() if given == "auto" else given
     _refuse_silent(given)
     try:
         ray.init(address=given, **_QUIET)
@@ -95,7 +96,21 @@ def _join(ray: Any, given: str) -> None:
                 ADDRESS, f"the cluster at {given} asks for its token", f"set {_TOKENS[0]}, or {_TOKENS[1]}"
             ) from error
         reason = " ".join(str(error).split())[:200]
-        raise _no_cluster(given, reason) from error
+        # Somebody listens there; that a token is missing or wrong Ray writes to its log alone.
+        hint = f"; where it asks for a token, check {_TOKENS[0]}, or {_TOKENS[1]}"
+        raise _no_cluster(given, reason, hint) from error
+
+
+def _found_here() -> str:
+    """The cluster of this machine that Ray means by ``auto``; it may have ended without taking its note away."""
+    from ray._private.services import get_ray_address_from_environment
+
+    try:
+        return str(get_ray_address_from_environment("auto", None))
+    except ConnectionError as error:
+        raise ConfigError(
+            ADDRESS, "auto finds no cluster on this machine", f"start one, or unset {ADDRESS}"
+        ) from error
 
 
 def _refuse_silent(given: str) -> None:
@@ -104,8 +119,6 @@ def _refuse_silent(given: str) -> None:
         remedy = "give HOST:6379 of its head; to a dashboard at http://… runs go by: tunesmith submit"
         raise ConfigError(ADDRESS, f"{shown(given)} is not where a cluster takes workers", remedy)
     host, _, port = given.rpartition(":")
-    if given == "auto":  # Ray looks for one on this machine
-        return
     if not (host and port.isdigit() and int(port) < 2**16):
         raise ConfigError(ADDRESS, f"{shown(given)} is no address", "give HOST:6379 of the cluster's head")
     try:
@@ -114,8 +127,10 @@ def _refuse_silent(given: str) -> None:
         raise _no_cluster(given, error.strerror or str(error)) from error
 
 
-def _no_cluster(given: str, reason: str) -> ConfigError:
-    return ConfigError(ADDRESS, f"no cluster at {shown(given)} ({reason})", f"start it, or unset {ADDRESS}")
+def _no_cluster(given: str, reason: str, hint: str = "") -> ConfigError:
+    return ConfigError(
+        ADDRESS, f"no cluster at {shown(given)} ({reason})", f"start it, or unset {ADDRESS}{hint}"
+    )
 
 
 def _start(ray: Any, workers: int) -> None:

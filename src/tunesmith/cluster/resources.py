@@ -48,6 +48,18 @@ def request_of(workers: int, worker: Resources, beside: Resources, cluster: Reso
     return Request(workers, each, {_known(name, cluster): amount for name, amount in beside.items()})
 
 
+def refuse_nothing(request: Request, place: str) -> None:
+    """Raises ConfigError where a worker asks for none of anything: Ray has no place for such a one.
+
+    Args:
+        request: what is asked for.
+        place: of the setting, for the error.
+    """
+    if not any(request.each.values()):
+        fault = f"leaves a worker nothing ({_amounts(request.each, request.each)}), and Ray places none of that kind"
+        raise ConfigError(place, fault, "ask for CPU, GPU or another resource above 0")
+
+
 def refuse_impossible(request: Request, nodes: list[Resources], place: str) -> None:
     """Raises ConfigError where not all of ``request`` fits into the nodes even when nothing else runs there.
 

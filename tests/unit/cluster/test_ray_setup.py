@@ -100,6 +100,44 @@ def test_an_address_where_somebody_listens_is_left_to_ray(monkeypatch):
     assert ray.asked == [os.environ["RAY_ADDRESS"]]
 
 
+def test_a_cluster_of_this_machine_that_has_ended_is_refused_within_seconds(monkeypatch):
+    """Of a killed cluster its note stays, which "auto" follows: Ray asked there for minutes."""
+    services = pytest.importorskip("ray._private.services")
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: [])
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: "127.0.0.1:1")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    ray = NoRay()
+    with (
+        pytest.raises(ConfigError, match=r"no cluster at 127\.0\.0\.1:1 \(Connection refused\); start"),
+        connected(ray, 2),
+    ):
+        pass
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: None)
+    with (
+        pytest.raises(ConfigError, match="RAY_ADDRESS: auto finds no cluster on this machine; start one"),
+        connected(ray, 2),
+    ):
+        pass
+    assert ray.asked == []
+
+
+class Deaf(NoRay):
+    """A Ray that finds somebody at an address, and no cluster."""
+
+    def init(self, address: str, **_: object) -> None:
+        raise ConnectionError(f"Failed to connect to Ray cluster at {address}")
+
+
+def test_a_cluster_that_does_not_take_us_may_want_a_token(monkeypatch):
+    """Whether it is missing or wrong, Ray itself says only that it cannot connect."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(ConfigError) as error, connected(Deaf(), 2):
+            pass
+    wish = "; where it asks for a token, check RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH"
+    assert str(error.value).endswith(f"start it, or unset RAY_ADDRESS{wish}")
+
+
 @pytest.mark.parametrize("address", ["", " ", "local"])
 def test_a_ray_that_does_not_start_is_tried_again_and_told_in_one_line(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tunesmith.cluster.resources import Request, node_beside, refuse_impossible, request_of
+from tunesmith.cluster.resources import Request, node_beside, refuse_impossible, refuse_nothing, request_of
 from tunesmith.errors import ConfigError
 
 CPU_NODE = {"CPU": 8.0, "memory": 64e9, "node:10.0.0.1": 1.0}
@@ -88,6 +88,17 @@ def test_what_can_never_be_had_is_refused_with_what_there_is(request_, nodes, sa
     with pytest.raises(ConfigError) as error:
         refuse_impossible(request_, nodes, "my.yaml line 3: num_devices")
     assert said in str(error.value)
+
+
+def test_a_worker_that_asks_for_nothing_is_refused():
+    """Ray Train failed on it, which was told as workers that were lost again and again."""
+    refuse_nothing(request_of(2, {"CPU": 0}, {}, GPU_NODE), "--set: worker_resources")  # it has a GPU
+    with pytest.raises(ConfigError) as error:
+        refuse_nothing(request_of(2, {"CPU": 0}, {}, CPU_NODE), "--set: worker_resources")
+    assert str(error.value) == (
+        "--set: worker_resources: leaves a worker nothing (0 CPUs), and Ray places none of that kind; "
+        "ask for CPU, GPU or another resource above 0"
+    )
 
 
 def test_all_that_is_asked_for_is_shown():
