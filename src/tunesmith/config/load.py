@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -280,13 +280,16 @@ def _locate(item: Any, section: type[BaseModel]) -> tuple[KeyPath, list[str]]:
     path: list[str | int] = []
     scope: type[BaseModel] | None = section
     known: list[str] = []
+    names_are_free = False  # in a mapping with names of the user's own
     for depth, part in enumerate(item["loc"], 1):
         is_stranger = item["type"] == "extra_forbidden" and depth == len(item["loc"])
-        if isinstance(part, int):
+        if isinstance(part, int) or names_are_free:
             path.append(part)
+            names_are_free = False
         elif scope is not None and (part in scope.model_fields or is_stranger):
             path.append(part)
             known = list(scope.model_fields)
+            names_are_free = not is_stranger and _is_mapping(scope, part)
             scope = _nested(scope, part)
     return tuple(path), known
 
@@ -316,6 +319,10 @@ def _wanted(item: Any) -> str:
 
 def _is_quoted_number(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[-+]?[0-9._]+([eE][-+]?[0-9]+)?", value) is not None
+
+
+def _is_mapping(scope: type[BaseModel], part: str) -> bool:
+    return get_origin(scope.model_fields[part].annotation) is Mapping
 
 
 def _nested(scope: type[BaseModel], part: str | int) -> type[BaseModel] | None:

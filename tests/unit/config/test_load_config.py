@@ -1,6 +1,7 @@
 """Which source of a value wins, where it came from, and what a wrong file is told."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,17 @@ def test_overriding_does_not_touch_what_was_read(write):
 )
 def test_overrides_that_cannot_be_used(write, override, message):
     assert fault(write("seed: 1\n"), override) == message
+
+
+def test_a_fault_under_a_name_of_the_users_own_is_told_with_that_name(write):
+    file = write("worker_resources:\n  CPU: 1\n  accelerator_type:A10G: -1\n")
+    assert re.search(
+        r"line 5: worker_resources\.accelerator_type:A10G is -1; it should be greater than or equal to 0",
+        fault(file),
+    )
+    assert fault(write(), "worker_resources.CPU=x").startswith(
+        '--set: worker_resources.CPU is "x"; it should be'
+    )
 
 
 def test_an_override_that_is_no_yaml(write):
