@@ -184,7 +184,10 @@ class Soak:
     async def send_malformed(self, client: httpx.AsyncClient, draw: random.Random, prompt: list[int]) -> None:
         """A request that must be refused."""
         kind, content = malformed(draw, self.base, prompt)
-        reply = await client.post("/v1/completions", content=content)
+        # Without its type a body is refused unread.
+        reply = await client.post(
+            "/v1/completions", content=content, headers={"Content-Type": "application/json"}
+        )
         self.by_kind[f"{kind}: {reply.status_code}"] += 1
         self.counts["malformed"] += 1
         if not 400 <= reply.status_code < 500:
