@@ -43,15 +43,16 @@ def test_a_measurement_that_is_damaged_counts_as_none(tmp_path, changed):
 
 def test_a_measurement_that_is_stopped_leaves_no_temporary_model(tmp_path):
     program = """
-import runpy, shutil, sys, tempfile, time
+import os, runpy, shutil, sys, tempfile, time
 from types import SimpleNamespace
+# Not by print: the signal may come while it flushes.
 def hold(*_a, **_k):
     with tempfile.TemporaryDirectory():
-        print("ready", flush=True)
+        os.write(1, b"ready\\n")
         time.sleep(30)
 remove = shutil.rmtree
 def remove_slowly(*arguments, **named):
-    print("removing", flush=True)
+    os.write(1, b"removing\\n")
     time.sleep(0.2)  # the second signal comes now
     remove(*arguments, **named)
 shutil.rmtree = remove_slowly
@@ -72,7 +73,7 @@ runpy.run_module("tunesmith.comparison.measure", run_name="__main__")
     )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "removing\n"
+    assert process.stdout.readline() == "removing\n", process.wait(timeout=60)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 130
     assert list((tmp_path / "temporary").iterdir()) == []
