@@ -71,7 +71,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    return sorted(read_manifest(path).step for path in (run / "checkpoints").iterdir())
+    # One that is being written has a hidden name.
+    return sorted(read_manifest(path).step for path in (run / "checkpoints").glob("step-*"))
 
 
 def logits(model: Any, text_ids: list[int]) -> torch.Tensor:

@@ -186,16 +186,19 @@ class _Line:
 def _watch(line: _Line, request: Request, fit: _Fit, console: Console) -> News:
     """Print what comes in and pass signals on until the run has ended; how it ended."""
     begun, ended = time.monotonic(), 0.0
-    is_asked, is_waiting = False, False
+    is_asked, is_waiting, heeds = False, False, False
     with stop_on_signals() as stop:  # a second signal ends this process at once, and the workers with it
         while True:
             is_running = fit.is_alive()  # before the news: what comes after its end is in them
             news = line.news()
-            if news is not None and news.text:
+            if news is not None:
+                heeds = (
+                    news.heeds
+                )  # a desk that is busy for a moment answers later, and the run stops all the same
                 console.file.write(news.text)
                 console.file.flush()
             if stop.signal_name and not is_asked:
-                if news is None or not news.heeds:
+                if not heeds:
                     raise KeyboardInterrupt
                 line.ask_to_stop(stop.signal_name)
                 is_asked = True
