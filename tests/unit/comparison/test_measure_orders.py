@@ -43,19 +43,20 @@ def test_a_measurement_that_is_damaged_counts_as_none(tmp_path, changed):
 
 def test_a_measurement_that_is_stopped_leaves_no_temporary_model(tmp_path):
     program = """
-import os, runpy, shutil, sys, tempfile, time
+import os, runpy, shutil, sys, time
 from types import SimpleNamespace
-# Not by print: the signal may come while it flushes.
-def hold(*_a, **_k):
-    with tempfile.TemporaryDirectory():
-        os.write(1, b"ready\\n")
-        time.sleep(30)
 remove = shutil.rmtree
+# By os.write and not print: a signal may come while that flushes.
 def remove_slowly(*arguments, **named):
     os.write(1, b"removing\\n")
     time.sleep(0.2)  # the second signal comes now
     remove(*arguments, **named)
 shutil.rmtree = remove_slowly
+import tempfile  # after that: some releases of Python take the function itself
+def hold(*_a, **_k):
+    with tempfile.TemporaryDirectory():
+        os.write(1, b"ready\\n")
+        time.sleep(30)
 sys.modules["tunesmith.models.base"] = SimpleNamespace(BaseFolder=None, find_base=hold)
 sys.modules["tunesmith.serving.engine"] = SimpleNamespace(CpuEngine=None, EngineSettings=lambda **_: None)
 sys.argv = ["measure", sys.argv[1]]
