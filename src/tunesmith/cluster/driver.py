@@ -192,9 +192,7 @@ def _watch(line: _Line, request: Request, fit: _Fit, console: Console) -> News:
             is_running = fit.is_alive()  # before the news: what comes after its end is in them
             news = line.news()
             if news is not None:
-                heeds = (
-                    news.heeds
-                )  # a desk that is busy for a moment answers later, and the run stops all the same
+                heeds = news.heeds  # kept while the desk is too busy to answer
                 console.file.write(news.text)
                 console.file.flush()
             if stop.signal_name and not is_asked:

@@ -90,10 +90,7 @@ def train_steps(
                 optimizer.zero_grad(set_to_none=True)
                 raise _non_finite(step, total, [rows.origin(i) for i in chosen])
             rate = learning_rate_at(step)
-            for group_settings in optimizer.param_groups:
-                group_settings["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            _update(optimizer, rate)
             seconds = time.perf_counter() - begun
             real_tokens = int(lengths[chosen].sum())
             flops = flops_per_token(real_tokens, trained_tokens) if flops_per_token else None
@@ -144,6 +141,13 @@ def _clip(parameters: Sequence[torch.nn.Parameter], max_grad_norm: float) -> flo
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     # Of split gradients each worker has a part.
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _update(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group_settings in optimizer.param_groups:
+        group_settings["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _non_finite(step: int, total: float, origins: Sequence[str]) -> NonFiniteError:
