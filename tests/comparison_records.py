@@ -58,8 +58,7 @@ def _runs() -> list[RunEntry]:
     return runs
 
 
-def record(**changes) -> ComparisonRecord:
-    """A finished comparison of three arms; ``changes`` replace fields."""
+def _points() -> tuple[SweepPoint, ...]:
     points = []
     for arm, rate in ARMS.items():
         for number, factors in enumerate([(0.1, 0.3, 1, 3, 10), (0.3, 1, 3), (1,)]):
@@ -71,12 +70,16 @@ def record(**changes) -> ComparisonRecord:
                         arm, number, rate * factor, 40 * 2**number, loss, abs(away) < 0.1 - 0.04 * number
                     )
                 )
+    return tuple(points)
+
+
+def _summaries() -> tuple[ArmSummary, ...]:
     sizes = {
         "full": (3_310_000_000, 538_000_000, 134_515_008, 741.0),
         "lora": (1_360_000_000, 9_800_000, 2_442_240, 402.0),
         "lora:r=64": (1_520_000_000, 78_200_000, 19_537_920, 455.0),
     }
-    summaries = tuple(
+    return tuple(
         ArmSummary(
             arm=arm,
             learning_rate=rate,
@@ -100,7 +103,10 @@ def record(**changes) -> ComparisonRecord:
         )
         for i, (arm, rate) in enumerate(ARMS.items())
     )
-    forgetting = tuple(
+
+
+def _forgetting() -> tuple[Forgetting, ...]:
+    return tuple(
         Forgetting(
             arm, seed, source, 60, 3.7673, 3.7673 + change + 0.01 * seed,
             Estimate(change + 0.01 * seed, (change - 0.03, change + 0.05), 60),
@@ -111,6 +117,10 @@ def record(**changes) -> ComparisonRecord:
         for i, (arm, change) in enumerate({"full": 0.21, "lora": 0.05, "lora:r=64": 0.09}.items())
         for seed in range(3)
     )  # fmt: skip
+
+
+def record(**changes) -> ComparisonRecord:
+    """A finished comparison of three arms; ``changes`` replace fields."""
     fields = {
         "format": FORMAT,
         "name": "compare-viggo",
@@ -131,15 +141,15 @@ def record(**changes) -> ComparisonRecord:
             Arm("lora:r=64", "LoRA, r 64", "lora", {"r": 64, "lora_alpha": 16}),
         ),
         "base": BaseScore(2.4131, Estimate(0.021, (0.012, 0.037), 541)),
-        "sweep": tuple(points),
+        "sweep": _points(),
         "runs": tuple(_runs()),
-        "summaries": summaries,
+        "summaries": _summaries(),
         "differences": (
             Difference("record_match", "full", "lora", 0.008, (-0.019, 0.034), 541, 3, False),
             Difference("eval_loss", "full", "lora", -0.0031, (-0.0058, -0.0004), 541, 3, True),
             Difference("general_loss", "full", "lora", 0.16, (0.11, 0.22), 60, 3, True),
         ),
-        "forgetting": forgetting,
+        "forgetting": _forgetting(),
         "verdict": Verdict(
             "No difference shown on your 541 rows: 0.8 points, interval -1.9 to +3.4.",
             ("LoRA used 41 % of the memory and 1/55 of the disk.", "Full-parameter training forgot more: +0.16 nats."),

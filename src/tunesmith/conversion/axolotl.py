@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tunesmith.conversion.axolotl_rows import datasets, pad, sequence_len, too_long, val_set_size
 from tunesmith.conversion.shared import (
     SCHEDULE_KEYS,
     at_least_0,
@@ -9,12 +10,10 @@ from tunesmith.conversion.shared import (
     betas,
     chat_template,
     checkpointing,
-    data_path,
     deepspeed,
     default_system,
     epochs,
     knows,
-    length,
     lost_flags,
     numbers,
     optimizer,
@@ -38,17 +37,6 @@ from tunesmith.conversion.sheet import (
     to_lora,
 )
 from tunesmith.errors import shown_value
-
-_LENGTH_WAYS = {"drop": "drop", "truncate": "truncate", "raise": "error"}
-_CHATS = ("chat_template", "chat_template.default")
-# Parts of a data set's entry that say nothing where rows are read as ours are.
-_PLAIN_PARTS = {
-    "path": None, "type": None, "data_files": None, "ds_type": ("json",), "split": ("train",),
-    "field_messages": ("messages",), "message_field_role": ("role",), "message_field_content": ("content",),
-    "message_property_mappings": ({"role": "role", "content": "content"},), "field_tools": ("tools",),
-    "roles_to_train": (["assistant"],), "train_on_eos": ("turn",), "train_on_eot": ("turn",),
-    "field": ("text",), "text_column": ("text",), "chat_template": ("tokenizer_default",),
-}  # fmt: skip
 
 
 def _trains_lora(sheet: Sheet) -> bool:
@@ -94,75 +82,6 @@ def _adapter_to_continue(sheet: Sheet, key: str, value: Any) -> None:
         to("initial_adapter_model_ckpt_path", "text")(sheet, key, value)
     else:
         sheet.pass_over(key, "no adapter is trained")
-
-
-def _datasets(setting: str) -> Handler:
-    def handle(sheet: Sheet, key: str, value: Any) -> None:
-        entries = [value] if isinstance(value, dict) else value
-        if (
-            not isinstance(entries, list)
-            or not entries
-            or not all(isinstance(item, dict) for item in entries)
-        ):
-            sheet.fault(
-                key,
-                f"is {shown_value(value)}; it should be a list of data sets",
-                "each has a path and a type",
-            )
-            return
-        for index in range(1, len(entries)):
-            sheet.lose(f"{key}[{index}]", "a further data set", f"{setting} may be a folder or a glob")
-        if key == "pretraining_dataset" and sheet.is_given("datasets"):
-            sheet.lose(key, "text for pretraining", "one data set: `datasets` is written")
-            return
-        _one_dataset(sheet, key, entries[0], setting)
-
-    return handle
-
-
-def _one_dataset(sheet: Sheet, key: str, entry: dict[str, Any], setting: str) -> None:
-    path, files = entry.get("path"), entry.get("data_files")
-    names = files if isinstance(files, list) else [files] if files else []
-    name = names[0] if names else path
-    if not isinstance(name, str) or not name.strip():
-        sheet.fault(f"{key}[0]", "names no path", "give it a path, or data_files")
-        return
-    kind = entry.get("type")
-    is_text = key == "pretraining_dataset" or (isinstance(kind, str) and kind.startswith("completion"))
-    is_ours = is_text or kind is None or (isinstance(kind, str) and kind in _CHATS)
-    form = None if is_ours else f"rows of the type {shown_value(kind)}"
-    data_path(sheet, key, name, setting, form)
-    if setting == "train_path":
-        whole = is_text or bool(flag(sheet.get("train_on_inputs")))
-        sheet.carry(key, {"task": "causal_lm" if whole else "instruction_tuning"})
-    if len(names) > 1:
-        sheet.lose(
-            f"{key}[0].data_files", "further files", f"{setting} may be a folder or a glob of several files"
-        )
-    for part, value in entry.items():
-        usual = _PLAIN_PARTS.get(part, ())
-        if value is not None and usual is not None and value not in usual:
-            sheet.lose(
-                f"{key}[0].{part}", "how rows of this data set are read", "rows of docs/data.md, all of them"
-            )
-
-
-def _too_long(sheet: Sheet, key: str, value: Any) -> None:
-    if isinstance(value, str) and value in _LENGTH_WAYS:
-        sheet.pass_over(key, "it is in on_too_long")
-    else:
-        sheet.fault(key, f"is {shown_value(value)}; it should be drop, truncate or raise", "change the value")
-
-
-def _sequence_len(sheet: Sheet, key: str, value: Any) -> None:
-    way = sheet.get("excess_length_strategy")
-    length(sheet, key, value, _LENGTH_WAYS.get(way, "drop") if isinstance(way, str) else "drop")
-
-
-def _pad(sheet: Sheet, key: str, value: Any) -> None:
-    is_on = sheet.read(key, value, "flag")
-    if is_on is not None:
-        sheet.carry(key, {"padding": "max_length" if is_on else "longest"})
 
 
 def _batch(sheet: Sheet, key: str, value: Any) -> None:
@@ -255,13 +174,6 @@ def _attention(sheet: Sheet, key: str, value: Any) -> None:
         sheet.pass_over(key, "how attention is computed, which changes no result")
 
 
-def _val_set_size(sheet: Sheet, key: str, value: Any) -> None:
-    if value in OFF:
-        sheet.pass_over(key, "off")
-    else:
-        sheet.lose(key, "a share of the training rows is held out", "valid_path, a file of rows of its own")
-
-
 def _rl(sheet: Sheet, key: str, value: Any) -> None:
     sheet.fault(
         key, f"is {shown_value(value)}: tunesmith does not train by preferences or rewards", "leave it out"
@@ -323,15 +235,15 @@ _HANDLERS: dict[str, Handler] = {
     **needless(["merge_method"], "see merge_lora"),
     **lost_flags(["relora"], "the adapter is merged and begun anew while training (ReLoRA)", "one adapter"),
     **needless(["relora_prune_ratio", "relora_prune_method", "relora_cpu_offload"], "see relora"),
-    "datasets": _datasets("train_path"),
-    "pretraining_dataset": _datasets("train_path"),
-    "test_datasets": _datasets("valid_path"),
-    "val_set_size": _val_set_size,
+    "datasets": datasets("train_path"),
+    "pretraining_dataset": datasets("train_path"),
+    "test_datasets": datasets("valid_path"),
+    "val_set_size": val_set_size,
     **needless(["train_on_inputs"], "it is in task"),
-    "sequence_len": _sequence_len,
-    "excess_length_strategy": _too_long,
+    "sequence_len": sequence_len,
+    "excess_length_strategy": too_long,
     "rope_scaling": rope,
-    "pad_to_sequence_len": _pad,
+    "pad_to_sequence_len": pad,
     **lost_flags(
         ["sample_packing"],
         "a batch's rows are filled up to sequence_len with several examples",
