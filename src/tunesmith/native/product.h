@@ -10,7 +10,7 @@
    does not depend on the rows it is computed with. */
 
 #define PANEL 16
-#define AHEAD 24 /* steps; 1.5 KB are on their way */
+#define AHEAD 64 /* steps; 4 KB are on their way, to the second cache */
 
 /* A vector, how many make a panel's columns, and how many rows have sums in registers, beside weights and a number. */
 #if defined(__AVX512F__)
@@ -72,7 +72,7 @@ static inline __attribute__((always_inline)) void product_tile(
             sums[i][v] = (lanes){0};
     for (long k = 0; k < width; k++, x += m, panel += PANEL) {
         lanes weights[VECTORS];
-        __builtin_prefetch(panel + AHEAD * PANEL);
+        __builtin_prefetch(panel + AHEAD * PANEL, 0, 2);
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++)
             weights[v] = ((const lanes *)panel)[v];

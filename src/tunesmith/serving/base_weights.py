@@ -14,6 +14,7 @@ from tunesmith.models.kernels.layer import Norm
 from tunesmith.models.kernels.linear import Linear
 from tunesmith.models.kernels.reading import UnreadableError, read_decoder
 from tunesmith.serving.adapter_files import NotServed
+from tunesmith.serving.pages import HugePages
 from tunesmith.serving.product import Product
 
 # Position embeddings that do not change with the length of a request, so that one table holds them.
@@ -98,26 +99,26 @@ def _read(model: Any, positions: int, fingerprint: str) -> BaseWeights:
     if kind not in _STEADY_ROPE:
         raise UnreadableError(f"its {kind} positions change with the length of a request")
     cos, sin = decoder.rotary(decoder.norm.weight, torch.arange(positions)[None])
-    layers = []
+    layers, memory = [], HugePages()
     for number, layer in enumerate(decoder.layers):
         at, first = f"model.layers.{number}", 4 * number
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
         layers.append(
             LayerWeights(
                 _norm(layer.attention_norm),
-                _group(first, [f"{attention}.{name}_proj" for name in "qkv"], layer.qkv),
+                _group(first, [f"{attention}.{name}_proj" for name in "qkv"], layer.qkv, memory),
                 layer.shape,
-                _group(first + 1, [f"{attention}.o_proj"], [layer.output]),
+                _group(first + 1, [f"{attention}.o_proj"], [layer.output], memory),
                 _norm(layer.mlp_norm),
-                _group(first + 2, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], layer.gate_up),
-                _group(first + 3, [f"{mlp}.down_proj"], [layer.down]),
+                _group(first + 2, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], layer.gate_up, memory),
+                _group(first + 3, [f"{mlp}.down_proj"], [layer.down], memory),
             )
         )
     return BaseWeights(
         decoder.embeddings.weight.detach().clone(),
         tuple(layers),
         _norm(decoder.norm),
-        _group(4 * len(layers), [HEAD], [decoder.head]),
+        _group(4 * len(layers), [HEAD], [decoder.head], memory),
         cos[0][:, None].contiguous(),
         sin[0][:, None].contiguous(),
         int(model.config.max_position_embeddings),
@@ -130,7 +131,7 @@ def _norm(norm: Norm) -> Norm:
     return Norm(norm.weight.detach().clone(), norm.epsilon)
 
 
-def _group(number: int, names: Sequence[str], parts: Sequence[Linear]) -> Group:
+def _group(number: int, names: Sequence[str], parts: Sequence[Linear], memory: HugePages) -> Group:
     sizes = tuple(len(part.weight) for part in parts)
     biases = [part.bias for part in parts]
     weights = [part.weight.detach() for part in parts]
@@ -138,4 +139,4 @@ def _group(number: int, names: Sequence[str], parts: Sequence[Linear]) -> Group:
     if any(b is not None for b in biases):
         zeros = [torch.zeros(size) for size in sizes]
         bias = torch.cat([z if b is None else b.detach() for z, b in zip(zeros, biases, strict=True)])
-    return Group(number, tuple(names), sizes, weights[0].shape[1], Product(weights, bias))
+    return Group(number, tuple(names), sizes, weights[0].shape[1], Product(weights, bias, memory))

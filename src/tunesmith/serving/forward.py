@@ -48,18 +48,18 @@ def forward(
     for number, layer in enumerate(base.layers):
         shape = layer.shape
         _norm(x, layer.attention_norm, hidden)
-        qkv = _project(hidden, layer.qkv, plan)
+        qkv = _project(hidden, layer.qkv, plan, scratch)
         rotated = (shape.heads + shape.groups) * shape.size
         rotate(qkv[:, :rotated].view(count, -1, shape.size), cos, sin, scratch)
         attended = take("attended", layer.qkv.sizes[0])
         attention(number, layer, qkv, attended)
-        _project_onto(attended, layer.output, plan, x)
+        _project_onto(attended, layer.output, plan, x, scratch)
         _norm(x, layer.mlp_norm, hidden)
-        gate_up = _project(hidden, layer.gate_up, plan)
+        gate_up = _project(hidden, layer.gate_up, plan, scratch)
         gate, up = gate_up.split(layer.gate_up.sizes, 1)
         active = take("active", layer.gate_up.sizes[0])
         swiglu(gate, up, active)
-        _project_onto(active, layer.down, plan, x)
+        _project_onto(active, layer.down, plan, x, scratch)
     return x
 
 
@@ -73,25 +73,26 @@ def embed(base: BaseWeights, tokens: Sequence[int], plan: Plan, scratch: Scratch
 
 
 def logits(base: BaseWeights, hidden: torch.Tensor, plan: Plan, scratch: Scratch) -> torch.Tensor:
-    """Logits (rows, vocabulary) of hidden states."""
+    """Logits (rows, vocabulary) of hidden states; valid until the next pass."""
     normed = scratch.take("normed rows", tuple(hidden.shape), hidden)
     _norm(hidden, base.norm, normed)
-    return _project(normed, base.head, plan)
+    return _project(normed, base.head, plan, scratch)
 
 
 def _norm(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
     rms_norm(x, norm.weight, norm.epsilon, out)
 
 
-def _project(x: torch.Tensor, group: Group, plan: Plan) -> torch.Tensor:
-    out = group.product(x)
+def _project(x: torch.Tensor, group: Group, plan: Plan, scratch: Scratch) -> torch.Tensor:
+    """Valid until the next."""
+    out = group.product(x, scratch)
     plan.add(group.number, x, out)
     return out
 
 
-def _project_onto(x: torch.Tensor, group: Group, plan: Plan, out: torch.Tensor) -> None:
+def _project_onto(x: torch.Tensor, group: Group, plan: Plan, out: torch.Tensor, scratch: Scratch) -> None:
     """Add the group's output to ``out``, the residual stream."""
-    group.product.add_to(out, x)
+    group.product.add_to(out, x, scratch)
     plan.add(group.number, x, out)
 
 

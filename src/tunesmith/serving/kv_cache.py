@@ -6,16 +6,14 @@ the operating system backs at first touch: nothing is moved while requests grow,
 Zeroed, because a masked score times a NaN would still be a NaN.
 """
 
-import math
-import mmap
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
 from tunesmith.models.kernels.arrangement import Shape
+from tunesmith.serving.pages import small_pages
 
 BLOCK = 16  # tokens of a block of the prefix cache
 
@@ -26,7 +24,7 @@ class KvCache:
     def __init__(self, shapes: Sequence[Shape], slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
         self._shapes = shapes
-        self.layers = [_zeros(slots * capacity, 2 * shape.groups * shape.size) for shape in shapes]
+        self.layers = [small_pages(slots * capacity, 2 * shape.groups * shape.size) for shape in shapes]
         self._free = list(range(slots))
 
     def take(self) -> int | None:
@@ -72,7 +70,7 @@ class PrefixCache:
         self._cache = cache
         self._blocks: OrderedDict[tuple[str | int, tuple[int, ...]], _Block] = OrderedDict()
         places = tokens // BLOCK
-        self._pools = [_zeros(places, BLOCK, layer.shape[1]) for layer in cache.layers]
+        self._pools = [small_pages(places, BLOCK, layer.shape[1]) for layer in cache.layers]
         self._free = list(range(places))
         self._serial = 0
 
@@ -146,19 +144,6 @@ class PrefixCache:
     @staticmethod
     def _parent(adapter: str, found: Sequence[_Block]) -> str | int:
         return found[-1].serial if found else adapter
-
-
-def _zeros(*shape: int) -> torch.Tensor:
-    # Zero pages of the system's: torch would write the zeros, and so take all the memory at once. Small pages: numpy
-    # asks for huge ones, and a slot whose first tokens are used would take 2 MB a layer (0.9 GB were seen for 0.05).
-    count = math.prod(shape)
-    if not count:
-        return torch.zeros(shape)
-    pages = mmap.mmap(-1, 4 * count)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.float32).view(shape)
 
 
 def _block(tokens: Sequence[int], number: int) -> tuple[int, ...]:

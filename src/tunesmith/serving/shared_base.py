@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tunesmith.models.kernels.scratch import Scratch
 from tunesmith.serving.base_weights import EMBEDDINGS, BaseWeights, Group
 
 
@@ -23,7 +24,7 @@ class _Reader:
     def read(self, x: torch.Tensor, part: int) -> torch.Tensor:
         """What ``part`` of the group makes of ``x`` (..., in), as a view."""
         if self._last is None or self._last[0] is not x:
-            out = self.group.product(x.reshape(-1, x.shape[-1]))
+            out = self.group.product(x.reshape(-1, x.shape[-1]), Scratch())  # memory of its own
             self._last = (x, out.view(*x.shape[:-1], -1))
         parts = self._last[1].split(self.group.sizes, -1)
         if part == len(parts) - 1:

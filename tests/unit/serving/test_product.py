@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith import native
+from tunesmith.models.kernels.scratch import Scratch
 from tunesmith.serving.product import Product
 
 compiled = pytest.mark.skipif(not native.is_compiled("serving"), reason="serving.c was not compiled")
@@ -35,11 +36,11 @@ def case(rows: int, width: int, columns: int, *, has_bias: bool = False) -> tupl
 def test_a_product_is_x_times_the_weight_plus_the_bias(layout, rows, has_bias):
     x, weight, bias, wanted = case(rows, 24, 37, has_bias=has_bias)
     product = Product([weight], bias)
-    found = product(x)
+    found = product(x, Scratch())
     assert (found - wanted).abs().max() < 1e-5
-    found.add_(1.0)  # its memory is its own
-    assert (product(x) - wanted).abs().max() < 1e-5
-    product.add_to(found, x)
+    found.add_(1.0)
+    assert (product(x, Scratch()) - wanted).abs().max() < 1e-5
+    product.add_to(found, x, Scratch())
     assert (found - 2 * wanted - 1).abs().max() < 2e-5
     assert torch.equal(product.dense(), weight)
 
@@ -48,7 +49,7 @@ def test_a_product_is_x_times_the_weight_plus_the_bias(layout, rows, has_bias):
 def test_weights_are_stacked(layout, sizes):
     x, weight, bias, wanted = case(3, 24, sum(sizes), has_bias=True)
     product = Product(weight.split(sizes), bias)
-    assert (product(x) - wanted).abs().max() < 1e-5
+    assert (product(x, Scratch()) - wanted).abs().max() < 1e-5
     assert torch.equal(product.dense(), weight)
 
 
@@ -56,7 +57,8 @@ def test_weights_are_stacked(layout, sizes):
 def test_columns_of_x_that_do_not_lie_together_are_read_as_they_are(layout):
     x, weight, _, _ = case(5, 24, 37)
     assert torch.equal(
-        Product([weight[:, :12]], None)(x[:, ::2]), Product([weight[:, :12]], None)(x[:, ::2].clone())
+        Product([weight[:, :12]], None)(x[:, ::2], Scratch()),
+        Product([weight[:, :12]], None)(x[:, ::2].clone(), Scratch()),
     )
 
 
@@ -66,7 +68,7 @@ def test_any_size_is_right(rows, width, columns, has_bias):
     x, weight, bias, wanted = case(rows, width, columns, has_bias=has_bias)
     # Rounding: a sum of n products in order is off by at most n half units of the sum of their sizes.
     most = (width + 1) * 2.0**-24 * (x.abs().double() @ weight.abs().double().t() + 4)
-    assert ((Product([weight], bias)(x) - wanted).abs() <= most).all()
+    assert ((Product([weight], bias)(x, Scratch()) - wanted).abs() <= most).all()
 
 
 @compiled
@@ -74,6 +76,6 @@ def test_any_size_is_right(rows, width, columns, has_bias):
 def test_every_count_of_rows_is_right_at_every_level_and_a_row_is_the_same_in_each(level, rows):
     x, weight, bias, wanted = case(40, 45, 83, has_bias=True)
     product = Product([weight], bias)
-    found = product(x[:rows])
+    found = product(x[:rows], Scratch())
     assert (found - wanted[:rows]).abs().max() < 1e-4
-    assert torch.equal(found, product(x)[:rows])
+    assert torch.equal(found, product(x, Scratch())[:rows])
