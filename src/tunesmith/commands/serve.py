@@ -8,6 +8,7 @@ from click.core import ParameterSource
 
 from tunesmith.commands.options import OUTPUTS
 from tunesmith.errors import ConfigError
+from tunesmith.starting import search_paused
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -138,7 +139,8 @@ def serve(
         return
     if not bases:
         raise click.UsageError("Missing option '--base'.", context)
-    from tunesmith.serving.bucket import local_root
+    with search_paused():
+        from tunesmith.serving.bucket import local_root
 
     if engine == "vllm":
         from tunesmith.serving.vllm_server import VllmOptions, serve_with_vllm
@@ -153,8 +155,9 @@ def serve(
         with local_root(loading_path, _say) as root:
             serve_with_vllm(VllmOptions(bases[0], root, host, port, max_running, grace_seconds), _say)
         return
-    from tunesmith.serving.server import ServeOptions
-    from tunesmith.serving.server import serve as run
+    with search_paused():
+        from tunesmith.serving.server import ServeOptions
+        from tunesmith.serving.server import serve as run
 
     with local_root(loading_path, _say) as root:
         options = ServeOptions(

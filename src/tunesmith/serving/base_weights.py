@@ -1,7 +1,7 @@
 """The base model as the CPU engine wants it: plain tensors, layers that read the same input fused into one."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,20 +80,19 @@ def load_base(base: BaseFolder, positions: int | None) -> BaseWeights:
         NotServed: it is none of the kind this engine computes.
         ModelError: it cannot be loaded.
     """
-    with ThreadPoolExecutor(1) as beside:  # hashing half a gigabyte takes as long as loading it
-        hashed = beside.submit(fingerprint_weights, base.weight_files)
-        model = load_model(base, dtype=torch.float32, device=torch.device("cpu"), context_length=None)
-        _, fingerprint = hashed.result()
-    limit = int(model.config.max_position_embeddings)
     try:
-        return _read(model.eval().requires_grad_(False), min(positions or limit, limit), fingerprint)
+        with ThreadPoolExecutor(1) as beside:  # hashing half a gigabyte takes as long as loading it
+            hashed = beside.submit(fingerprint_weights, base.weight_files)
+            model = load_model(base, dtype=torch.float32, device=torch.device("cpu"), context_length=None)
+            limit = int(model.config.max_position_embeddings)
+            return _read(model.eval().requires_grad_(False), min(positions or limit, limit), hashed)
     except UnreadableError as error:
         raise NotServed(
             base.model_id, f"the CPU engine does not serve it: {error}", "use another engine"
         ) from error
 
 
-def _read(model: Any, positions: int, fingerprint: str) -> BaseWeights:
+def _read(model: Any, positions: int, hashed: "Future[tuple[dict[str, str], str]]") -> BaseWeights:
     decoder = read_decoder(model)
     kind = getattr(decoder.rotary, "rope_type", "default")
     if kind not in _STEADY_ROPE:
@@ -122,7 +121,7 @@ def _read(model: Any, positions: int, fingerprint: str) -> BaseWeights:
         cos[0][:, None].contiguous(),
         sin[0][:, None].contiguous(),
         int(model.config.max_position_embeddings),
-        fingerprint,
+        hashed.result()[1],
     )
 
 

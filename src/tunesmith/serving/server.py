@@ -31,6 +31,7 @@ from tunesmith.serving.request_log import start_request_log, stop_request_log
 from tunesmith.serving.seam import Engine
 from tunesmith.serving.security import API_KEY, Keys
 from tunesmith.serving.service import Service
+from tunesmith.starting import search_paused
 
 _IDLE_CONNECTIONS = 512  # beside those of requests that run and wait
 _SHARE = 0.8  # of the memory that is free, for models, where --max-memory does not say
@@ -82,10 +83,11 @@ def serve(options: ServeOptions, say: Say) -> None:
     start_request_log(contents=options.log_contents)
     try:
         places = [*options.output_dirs, *([options.root] if options.root else [])]
-        measure, open_engine = _engines(options)
-        bases = given_bases(options.bases, places, measure, say)
-        limit = options.max_memory or _free_share()
-        service = build_service(bases, options.root, keys, say, measure, open_engine, limit)
+        with search_paused():
+            measure, open_engine = _engines(options)
+            bases = given_bases(options.bases, places, measure, say)
+            limit = options.max_memory or _free_share()
+            service = build_service(bases, options.root, keys, say, measure, open_engine, limit)
         service.hosts = hosts
         try:
             if keys.api is None and not is_loopback(options.host):
