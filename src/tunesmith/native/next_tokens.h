@@ -12,8 +12,16 @@
 
 /* Numbers and addresses of 8 bytes each, as serving/next_tokens.py writes them. */
 typedef struct {
-    const float *attention_norm, *qkv, *qkv_bias, *output, *output_bias;
-    const float *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+    const char *panels;
+    long bits;
+    const float *bias; /* or NULL */
+} decoder_linear;
+
+typedef struct {
+    const float *attention_norm;
+    decoder_linear qkv, output;
+    const float *mlp_norm;
+    decoder_linear gate_up, down;
     float *cache; /* (tokens of all slots, 2, groups, size) */
     long heads, groups, size, window, inner;
 } decoder_layer;
@@ -41,9 +49,9 @@ static void norm_row(const float *x, const float *w, double epsilon, float *out,
 }
 
 /* out (rows, columns) (+)= the linear layers of a group, with biases and adapters, of x (rows, width). By all threads
-   of a region, which meet at the end. laid: room for x. */
-static void project(const float *x, const float *panels, const float *bias, const decoder_adapters *adapters, long group,
-                    float *laid, float *out, long ldo, long rows, long width, long columns, long add)
+   of a region, which meet at the end. laid: room for x; room: this thread's, for a panel's numbers. */
+static void project(const float *x, const decoder_linear *linear, const decoder_adapters *adapters, long group,
+                    float *laid, float *room, float *out, long ldo, long rows, long width, long columns, long add)
 {
     long blocks = row_blocks(rows);
 #pragma omp for schedule(static) nowait
@@ -58,7 +66,7 @@ static void project(const float *x, const float *panels, const float *bias, cons
     /* Threads share the machine with others: who is late gets less. */
 #pragma omp for schedule(guided)
     for (long p = 0; p < (columns + PANEL - 1) / PANEL; p++) {
-        product_panel(laid, panels, bias, out, ldo, rows, width, columns, add, p);
+        product_panel(laid, linear->panels, linear->bits, linear->bias, out, ldo, rows, width, columns, add, p, room);
         expand_panel(adapters->segments, adapters->count, group, adapters->shrunk, adapters->lds, out, ldo, p);
     }
 }
@@ -67,7 +75,8 @@ static void project(const float *x, const float *panels, const float *bias, cons
 
    starts, positions: of each row, the token in the caches where its request begins, and its own place in the request.
    cos, sin (positions, size). hidden and laid (rows, the widest input); projected (rows, APART(the widest output)).
-   room: for each thread, ``share`` numbers, ATTENTION_SHARE at least for ``most`` tokens of a request. */
+   room: for each thread, ``share`` numbers, at least ATTENTION_SHARE for ``most`` tokens of a request, and the widest
+   input's panel. */
 void next_tokens_float(float *x, const decoder_layer *layers, const decoder_numbers *numbers, long count,
                        const lora_segment *segments, long segment_count, float *shrunk, long lds, const long *starts,
                        const long *positions, const float *cos, const float *sin, float *hidden, float *laid,
@@ -78,13 +87,14 @@ void next_tokens_float(float *x, const decoder_layer *layers, const decoder_numb
     for (long n = 0; n < count; n++) {
         const decoder_layer *layer = layers + n;
         long heads = layer->heads, groups = layer->groups, size = layer->size, inner = layer->inner;
+        float *own_room = room + omp_get_thread_num() * share;
         long each = heads / groups, stride = 2 * groups * size, fused = heads * size + stride;
         /* A row's groups together read memory forward; apart they are enough for all threads. */
         long shares = rows >= 2 * threads ? 1 : groups, some = groups / shares;
 #pragma omp for schedule(static)
         for (long i = 0; i < rows; i++)
             norm_row(x + i * width, layer->attention_norm, numbers[n].attention_epsilon, hidden + i * width, width);
-        project(hidden, layer->qkv, layer->qkv_bias, &adapters, 4 * n, laid, projected, APART(fused), rows, width, fused,
+        project(hidden, &layer->qkv, &adapters, 4 * n, laid, own_room, projected, APART(fused), rows, width, fused,
                 0);
 #pragma omp for schedule(guided)
         for (long task = 0; task < rows * shares; task++) {
@@ -99,14 +109,14 @@ void next_tokens_float(float *x, const decoder_layer *layers, const decoder_numb
             memcpy(own + groups * size, key + groups * size, (size_t)(some * size) * sizeof *own);
             attend_next(row + group * each * size, cache, stride, groups * size, first, last, some, each, size, most, c,
                         s, (float)numbers[n].scale, next, hidden + i * heads * size + group * each * size,
-                        room + omp_get_thread_num() * share);
+                        own_room);
         }
-        project(hidden, layer->output, layer->output_bias, &adapters, 4 * n + 1, laid, x, width, rows, heads * size, width,
+        project(hidden, &layer->output, &adapters, 4 * n + 1, laid, own_room, x, width, rows, heads * size, width,
                 1);
 #pragma omp for schedule(static)
         for (long i = 0; i < rows; i++)
             norm_row(x + i * width, layer->mlp_norm, numbers[n].mlp_epsilon, hidden + i * width, width);
-        project(hidden, layer->gate_up, layer->gate_up_bias, &adapters, 4 * n + 2, laid, projected, APART(2 * inner),
+        project(hidden, &layer->gate_up, &adapters, 4 * n + 2, laid, own_room, projected, APART(2 * inner),
                 rows, width, 2 * inner, 0);
 #pragma omp for schedule(static) collapse(2)
         for (long i = 0; i < rows; i++)
@@ -118,6 +128,6 @@ void next_tokens_float(float *x, const decoder_layer *layers, const decoder_numb
                 for (long j = begin; j < end; j++)
                     to[j] = gate[j] / (1 + exp_float(-gate[j])) * up[j];
             }
-        project(hidden, layer->down, layer->down_bias, &adapters, 4 * n + 3, laid, x, width, rows, inner, width, 1);
+        project(hidden, &layer->down, &adapters, 4 * n + 3, laid, own_room, x, width, rows, inner, width, 1);
     }
 }

@@ -1,41 +1,15 @@
-/* out = x W' for few rows of x, as they come when tokens are made, with W laid out once.
+/* out = x W' for few rows of x, as they come when tokens are made, with W in the panels of panels.h.
 
-   W (columns, width) lies in panels of 16 columns, (columns / 16, width, 16), the last filled up with zeros: a panel is
-   read strictly forward. x is laid out as (width, rows) in blocks of as many rows as have their sums in registers, so
-   that a step along the width is one load of 16 weights and one multiplication by a broadcast number for each row. With
-   16 rows on AVX-512 that takes 16 cycles for 64 bytes, about what memory gives; weights are asked for ahead of their
-   use, so reading and computing overlap. More rows are several blocks, which find the panel in the cache.
+   x is laid out as (width, rows) in blocks of as many rows as have their sums in registers, so that a step along the
+   width is one load of 16 weights and one multiplication by a broadcast number for each row. With 16 rows on AVX-512
+   that takes 16 cycles for 64 bytes, about what memory gives; weights are asked for ahead of their use, so reading and
+   computing overlap. Weights of fewer bits become numbers on the way, in a few cycles for the 16 of a step; where there
+   are several blocks of rows, once for all of them.
 
-   A number of the result is one sum along the width, in order, whatever the number of rows and threads: what a row gets
-   does not depend on the rows it is computed with. */
+   A number of the result is one sum along the width, in order, whatever the number of rows and threads and the bits of
+   the weights: what a row gets does not depend on the rows it is computed with. */
 
-#define PANEL 16
-#define AHEAD 64 /* steps; 4 KB are on their way, to the second cache */
-
-/* A vector, how many make a panel's columns, and how many rows have sums in registers, beside weights and a number. */
-#if defined(__AVX512F__)
-#define BYTES 64
-#define MOST_ROWS 28
-#define EACH_ROWS(DO) \
-    DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13) DO(14) DO(15) DO(16) DO(17) \
-    DO(18) DO(19) DO(20) DO(21) DO(22) DO(23) DO(24) DO(25) DO(26) DO(27) DO(28)
-#else
-#if defined(__AVX__)
-#define BYTES 32
-#else
-#define BYTES 16
-#endif
-#if defined(__AVX__) || defined(__aarch64__)
-#define MOST_ROWS 6
-#define EACH_ROWS(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6)
-#else
-#define MOST_ROWS 3
-#define EACH_ROWS(DO) DO(1) DO(2) DO(3)
-#endif
-#endif
-#define VECTORS (PANEL * 4 / BYTES)
-
-typedef float lanes __attribute__((vector_size(BYTES), aligned(4), may_alias));
+#define AHEAD 4096 /* bytes that are on their way, to the second cache */
 
 /* Found numbers to where they belong. Whole panels in vectors: a tenth of a product's time with loops of any length. */
 static __attribute__((noinline)) void put_tile(float (*found)[PANEL], const float *bias, float *out, long ldo, long rows,
@@ -59,28 +33,43 @@ static __attribute__((noinline)) void put_tile(float (*found)[PANEL], const floa
         }
 }
 
-/* m rows times a panel, of which ``columns`` are wanted. x (width, m); m is a constant where this is inlined. */
+/* m rows times a panel, of which ``columns`` are wanted. x (width, m); m and bits are constants where this is inlined. */
 static inline __attribute__((always_inline)) void product_tile(
-    const float *x, const float *panel, const float *bias, float *out, long ldo, long width, long columns, long add,
-    const int m)
+    const float *x, const char *panel, const float *bias, float *out, long ldo, long width, long columns, long add,
+    const int m, const int bits)
 {
-    lanes sums[MOST_ROWS][VECTORS];
+    lanes sums[MOST_ROWS][VECTORS], weights[VECTORS], steps[VECTORS] = {{0}}, offsets[VECTORS] = {{0}};
+    words codes[VECTORS];
 #pragma GCC unroll 28
     for (int i = 0; i < m; i++)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++)
             sums[i][v] = (lanes){0};
-    for (long k = 0; k < width; k++, x += m, panel += PANEL) {
-        lanes weights[VECTORS];
-        __builtin_prefetch(panel + AHEAD * PANEL, 0, 2);
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++)
-            weights[v] = ((const lanes *)panel)[v];
-#pragma GCC unroll 28
-        for (int i = 0; i < m; i++)
+    for (long k = 0; k < width;) {
+        if (bits < 16 && k % BLOCK == 0) {
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++)
-                sums[i][v] += x[i] * weights[v];
+                steps[v] = ((const lanes *)panel)[v], offsets[v] = ((const lanes *)panel)[VECTORS + v];
+            panel += 8 * PANEL;
+        }
+        __builtin_prefetch(panel + AHEAD, 0, 2);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++)
+            codes[v] = ((const words *)panel)[v];
+        panel += 4 * PANEL;
+#pragma GCC unroll 1
+        for (int n = 0; n < 32 / bits; n++, k++, x += m) {
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) {
+                weights[v] = bits == 32 ? (lanes)codes[v] : numbers_of(codes[v], steps[v], offsets[v], bits);
+                codes[v] = bits == 32 ? codes[v] : codes[v] >> (bits % 32);
+            }
+#pragma GCC unroll 28
+            for (int i = 0; i < m; i++)
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++)
+                    sums[i][v] += x[i] * weights[v];
+        }
     }
     /* By way of memory: unrolled once more for each count of rows, this would take a compiler a minute. */
     float found[MOST_ROWS][PANEL];
@@ -120,33 +109,61 @@ static void lay_out_rows(const float *x, long ldx, float *laid, long rows, long 
 
 static inline long row_blocks(long rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
 
-/* Panel p of the result, all blocks of rows. */
-static __attribute__((noinline)) void product_panel(
-    const float *laid, const float *panels, const float *bias, float *out, long ldo, long rows, long width, long columns,
-    long add, long p)
+/* A block of rows times a panel. bits is a constant where this is inlined. */
+static inline __attribute__((always_inline)) void product_block(
+    const float *block, const char *panel, const float *bias, float *to, long ldo, long width, long wanted, long add,
+    long rows, const int bits)
 {
-    const float *panel = panels + p * width * PANEL, *c = bias ? bias + p * PANEL : NULL;
-    long wanted = columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL, blocks = row_blocks(rows);
-    for (long b = 0; b < blocks; b++) {
-        long first = block_start(b, blocks, rows);
-        const float *block = laid + first * width;
-        float *to = out + first * ldo + p * PANEL;
-        switch (block_start(b + 1, blocks, rows) - first) {
+    switch (rows) {
 #define TILE(m) \
     case m: \
-        product_tile(block, panel, c, to, ldo, width, wanted, add, m); \
+        product_tile(block, panel, bias, to, ldo, width, wanted, add, m, bits); \
         break;
-            EACH_ROWS(TILE)
+        EACH_ROWS(TILE)
 #undef TILE
+    }
+}
+
+/* Panel p of the result, all blocks of rows. room: for a panel's numbers. */
+static __attribute__((noinline)) void product_panel(
+    const float *laid, const char *panels, long bits, const float *bias, float *out, long ldo, long rows, long width,
+    long columns, long add, long p, float *room)
+{
+    const char *panel = panels + p * panel_bytes(width, bits);
+    const float *c = bias ? bias + p * PANEL : NULL;
+    long wanted = columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL, blocks = row_blocks(rows);
+    if (blocks > 1 && bits < 32) {
+        unpack_panel(panel, bits, width, room);
+        panel = (const char *)room;
+        bits = 32;
+    }
+    for (long b = 0; b < blocks; b++) {
+        long first = block_start(b, blocks, rows), count = block_start(b + 1, blocks, rows) - first;
+        const float *block = laid + first * width;
+        float *to = out + first * ldo + p * PANEL;
+        switch (bits) {
+        case 32:
+            product_block(block, panel, c, to, ldo, width, wanted, add, count, 32);
+            break;
+        case 16:
+            product_block(block, panel, c, to, ldo, width, wanted, add, count, 16);
+            break;
+        case 8:
+            product_block(block, panel, c, to, ldo, width, wanted, add, count, 8);
+            break;
+        default:
+            product_block(block, panel, c, to, ldo, width, wanted, add, count, 4);
         }
     }
 }
 
-/* out (rows, columns) (+)= x W' + bias. laid: room for x once more; bias may be NULL. */
-void product_float(const float *x, long ldx, const float *panels, const float *bias, float *out, long ldo, float *laid,
-                   long rows, long width, long columns, long add, long threads)
+/* out (rows, columns) (+)= x W' + bias. room: for x once more, and for each thread a panel's numbers, (width, PANEL); bias
+   may be NULL. */
+void product_float(const float *x, long ldx, const char *panels, long bits, const float *bias, float *out, long ldo,
+                   float *room, long rows, long width, long columns, long add, long threads)
 {
     long blocks = row_blocks(rows), count = (columns + PANEL - 1) / PANEL;
+    float *laid = room + threads * width * PANEL;
 #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1)
     for (long b = 0; b < blocks; b++) {
         long first = block_start(b, blocks, rows), end = block_start(b + 1, blocks, rows);
@@ -155,19 +172,6 @@ void product_float(const float *x, long ldx, const float *panels, const float *b
     /* Threads share the machine with others: who is late gets less. */
 #pragma omp parallel for schedule(guided) num_threads(threads)
     for (long p = 0; p < count; p++)
-        product_panel(laid, panels, bias, out, ldo, rows, width, columns, add, p);
-}
-
-/* W (columns, width) laid out. */
-void lay_out_panels_float(const float *w, long ldw, float *panels, long columns, long width, long threads)
-{
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long p = 0; p < (columns + PANEL - 1) / PANEL; p++) {
-        float *panel = panels + p * width * PANEL;
-        long wanted = columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL;
-        memset(panel, 0, (size_t)(wanted < PANEL ? width * PANEL : 0) * sizeof *panel);
-        for (long k = 0; k < width; k++)
-            for (long c = 0; c < wanted; c++)
-                panel[k * PANEL + c] = w[(p * PANEL + c) * ldw + k];
-    }
+        product_panel(laid, panels, bits, bias, out, ldo, rows, width, columns, add, p,
+                      room + omp_get_thread_num() * width * PANEL);
 }

@@ -5,6 +5,7 @@
 #include <omp.h>
 #include <string.h>
 #include "quads.h"
+#include "panels.h"
 #include "product.h"
 #include "adapters.h"
 #include "next_attention.h"

@@ -8,18 +8,19 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self, cast
 
 from tunesmith.serving.chat import Speaker, Voice
 from tunesmith.serving.faults import Refusal, bad_request, is_stopping, queue_is_full, too_late
+from tunesmith.serving.handover import handover
 from tunesmith.serving.metrics import Histogram, Metrics
 from tunesmith.serving.protocol import ChatRequest, CompletionRequest, Finish, NamedTool
 from tunesmith.serving.registry import Version
 from tunesmith.serving.request_log import current_record
 from tunesmith.serving.seam import (
     BadRequest,
+    Deliver,
     Engine,
     EngineError,
     EngineFull,
@@ -110,8 +111,8 @@ class Answering:
     def __init__(self, engine: Engine, version: Version, job: Job, metrics: Metrics) -> None:
         self._engine, self._job, self._metrics = engine, job, metrics
         self._label = metrics.label(version.name)
-        self._loop = asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[tuple[int, Token | EngineError]] = asyncio.Queue()
+        self._handover = handover()
+        self._arrived: asyncio.Queue[tuple[int, Token | EngineError | TimeoutError]] = asyncio.Queue()
         self._answers: list[_Answer] = []
         self._began = time.monotonic()
         self._is_closed = False
@@ -127,6 +128,11 @@ class Answering:
             ]
             self._record.answers = [""] * len(self._record.finish)
         self._metrics.active[self._name] += 1
+        # One timer for all that comes, not one for each token.
+        late = (0, TimeoutError())
+        self._deadline = asyncio.get_running_loop().call_later(
+            job.deadline_seconds, self._arrived.put_nowait, late
+        )
         try:
             self._submit(version)
         except BaseException:
@@ -167,13 +173,10 @@ class Answering:
             Refusal: 504: the deadline has passed; 500: the engine failed.
         """
         left = len(self._answers)
-        until = self._began + self._job.deadline_seconds
         while left:
-            try:
-                async with asyncio.timeout(max(until - time.monotonic(), 0.0)):
-                    number, item = await self._arrived.get()
-            except TimeoutError:
-                raise too_late(self._job.deadline_seconds) from None
+            number, item = await self._arrived.get()
+            if isinstance(item, TimeoutError):
+                raise too_late(self._job.deadline_seconds)
             answer = self._answers[number]
             if answer.is_done:  # delivered before the cancellation reached the engine
                 continue
@@ -196,6 +199,7 @@ class Answering:
         if self._is_closed:
             return
         self._is_closed = True
+        self._deadline.cancel()
         self._metrics.active[self._name] -= 1
         if not self._metrics.active[self._name]:
             del self._metrics.active[self._name]
@@ -208,8 +212,9 @@ class Answering:
             whole = self._metrics.whole.setdefault(self._label, Histogram())
             whole.add(time.monotonic() - self._began)
 
-    def _mailbox(self, number: int) -> "_Mailbox":
-        return _Mailbox(self._loop, self._arrived, number)
+    def _mailbox(self, number: int) -> Deliver:
+        put, handed = self._arrived.put_nowait, self._handover
+        return lambda item: handed.call(put, (number, item))
 
     def _take(self, number: int, answer: _Answer, token: Token) -> Piece | None:
         self.output_tokens += 1
@@ -251,19 +256,6 @@ class Answering:
         else:
             self._metrics.between_tokens.setdefault(self._label, Histogram()).add(now - answer.last_at)
         answer.last_at = now
-
-
-@dataclass(frozen=True)
-class _Mailbox:
-    """Takes an answer's tokens over from the engine's thread."""
-
-    loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[tuple[int, Token | EngineError]]
-    number: int
-
-    def __call__(self, item: Token | EngineError) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, (self.number, item))
 
 
 def _for_choice(sampling: Sampling, choice: int) -> Sampling:

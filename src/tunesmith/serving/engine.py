@@ -18,7 +18,7 @@ from tunesmith.serving.adapter_weights import read_adapter
 from tunesmith.serving.base_weights import load_base
 from tunesmith.serving.desk import Desk, Places, Request
 from tunesmith.serving.desk_engine import DeskEngine
-from tunesmith.serving.forward import Stretches, forward, logits
+from tunesmith.serving.forward import Stretches, Wanted, forward, logits
 from tunesmith.serving.kv_cache import KvCache, PrefixCache
 from tunesmith.serving.mixed_lora import Adapter, Plan
 from tunesmith.serving.next_tokens import NextTokenPass
@@ -158,6 +158,13 @@ class CpuEngine(DeskEngine[Adapter]):
         plan = self._planner.stretches(
             [(length, request.adapter) for (_, _, length), request in zip(stretches, requests, strict=True)]
         )
+        done, rows, row = [], [], 0
+        for request, (_, start, length) in zip(requests, stretches, strict=True):
+            row += length
+            if start + length == len(request.tokens):
+                done.append(request)
+                rows.append(row - 1)
+        of_done = self._planner.stretches([(1, request.adapter) for request in done])
         hidden = forward(
             self._base,
             tokens,
@@ -165,17 +172,12 @@ class CpuEngine(DeskEngine[Adapter]):
             Stretches(self._cache, stretches, self._scratch),
             plan,
             self._scratch,
+            Wanted(torch.tensor(rows, dtype=torch.int64), of_done),
         )
-        done, rows, row = [], [], 0
         for request, (_, start, length) in zip(requests, stretches, strict=True):
-            row += length
             request.cached = start + length
-            if request.cached == len(request.tokens):
-                done.append(request)
-                rows.append(row - 1)
         if done:
-            kept = hidden.index_select(0, torch.tensor(rows))
-            self._emit(done, kept, self._planner.stretches([(1, request.adapter) for request in done]))
+            self._emit(done, hidden, of_done)
         for request in done:
             if not request.is_over:
                 slot = self._seats[request].slot

@@ -5,6 +5,7 @@ ways to attend: stretches of prompts, one request after the other, and one token
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -32,29 +33,41 @@ class Attention(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Rows whose hidden states are wanted, int64, and the plan for these alone."""
+
+    rows: torch.Tensor
+    plan: Plan
+
+
 def forward(
     base: BaseWeights, tokens: Sequence[int], positions: torch.Tensor, attention: Attention, plan: Plan,
-    scratch: Scratch,
+    scratch: Scratch, wanted: Wanted | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Hidden states after the last layer, (tokens, width); valid until the next pass."""
+    """Hidden states after the last layer, (tokens, width), or (wanted rows, width); valid until the next pass.
+
+    In the last layer nobody else needs what a row becomes once its keys and values are kept.
+    """
     x = embed(base, tokens, plan, scratch)
-    count, like = len(tokens), base.embeddings
 
     def take(name: str, width: int) -> torch.Tensor:
-        return scratch.take(name, (count, width), like)
+        return scratch.take(name, (len(x), width), base.embeddings)
 
-    hidden = take("hidden", like.shape[1])
     cos, sin = base.cos.index_select(0, positions), base.sin.index_select(0, positions)
     for number, layer in enumerate(base.layers):
         shape = layer.shape
-        _norm(x, layer.attention_norm, hidden)
+        hidden = _norm(x, layer.attention_norm, take("hidden", x.shape[1]))
         qkv = _project(hidden, layer.qkv, plan, scratch)
         rotated = (shape.heads + shape.groups) * shape.size
-        rotate(qkv[:, :rotated].view(count, -1, shape.size), cos, sin, scratch)
+        rotate(qkv[:, :rotated].view(len(x), -1, shape.size), cos, sin, scratch)
         attended = take("attended", layer.qkv.sizes[0])
         attention(number, layer, qkv, attended)
+        if wanted is not None and number + 1 == len(base.layers):
+            x, attended = x.index_select(0, wanted.rows), attended.index_select(0, wanted.rows)
+            plan = wanted.plan
         _project_onto(attended, layer.output, plan, x, scratch)
-        _norm(x, layer.mlp_norm, hidden)
+        hidden = _norm(x, layer.mlp_norm, take("hidden", x.shape[1]))
         gate_up = _project(hidden, layer.gate_up, plan, scratch)
         gate, up = gate_up.split(layer.gate_up.sizes, 1)
         active = take("active", layer.gate_up.sizes[0])
@@ -74,13 +87,13 @@ def embed(base: BaseWeights, tokens: Sequence[int], plan: Plan, scratch: Scratch
 
 def logits(base: BaseWeights, hidden: torch.Tensor, plan: Plan, scratch: Scratch) -> torch.Tensor:
     """Logits (rows, vocabulary) of hidden states; valid until the next pass."""
-    normed = scratch.take("normed rows", tuple(hidden.shape), hidden)
-    _norm(hidden, base.norm, normed)
+    normed = _norm(hidden, base.norm, scratch.take("normed rows", tuple(hidden.shape), hidden))
     return _project(normed, base.head, plan, scratch)
 
 
-def _norm(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
+def _norm(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> torch.Tensor:
     rms_norm(x, norm.weight, norm.epsilon, out)
+    return out
 
 
 def _project(x: torch.Tensor, group: Group, plan: Plan, scratch: Scratch) -> torch.Tensor:

@@ -92,7 +92,7 @@ def kind_of_names(names: Collection[str]) -> Kind | None:
     """What a folder with files of these names is, where they are but names; see ``kind_of``."""
     if all(name in names for name in _ADAPTER_FILES):
         return "adapter"
-    weights = any(name.endswith(".safetensors") and "/" not in name for name in names)
+    weights = any(_is_base_weights(name) for name in names if "/" not in name)
     return "base" if weights and all(name in names for name in _BASE_FILES) else None
 
 
@@ -101,11 +101,17 @@ def kind_of(folder: Path) -> Kind | None:
     try:
         if all((folder / name).is_file() for name in _ADAPTER_FILES):
             return "adapter"
-        if all((folder / name).is_file() for name in _BASE_FILES) and any(folder.glob("*.safetensors")):
+        has_weights = any(_is_base_weights(file.name) for file in folder.glob("*.safetensors"))
+        if has_weights and all((folder / name).is_file() for name in _BASE_FILES):
             return "base"
     except (OSError, ValueError):
         return None
     return None
+
+
+def _is_base_weights(name: str) -> bool:
+    # Half an adapter beside a config.json is no base.
+    return name.endswith(".safetensors") and name not in _ADAPTER_FILES
 
 
 def stamp_of(folder: Path) -> Stamp:

@@ -67,7 +67,8 @@ class _CompiledLayers:
         groups = base.groups[:-1]
         self._widest_input = max(group.width for group in groups)
         self._widest_output = max(sum(group.sizes) for group in groups) + _VECTOR
-        self._share = max(_share(layer, cache.capacity) for layer in base.layers)
+        attention = max(_share(layer, cache.capacity) for layer in base.layers)
+        self._share = max(attention, self._widest_input * _VECTOR)  # or a panel's numbers
 
     @staticmethod
     def of(base: BaseWeights, cache: KvCache) -> "_CompiledLayers | None":
@@ -125,10 +126,12 @@ def _addresses(layer: LayerWeights, cache: torch.Tensor) -> list[int]:
     ]
 
 
-def _of_group(group: Group) -> tuple[int, int]:
-    panels, bias = group.product.panels, group.product.bias
-    assert panels is not None
-    return panels.data_ptr(), 0 if bias is None else bias.data_ptr()
+def _of_group(group: Group) -> tuple[int, int, int]:
+    """``decoder_linear`` of native/next_tokens.h."""
+    found, bias = group.product.panels, group.product.bias
+    assert found is not None
+    panels, bits = found
+    return panels.data_ptr(), bits, 0 if bias is None else bias.data_ptr()
 
 
 def _share(layer: LayerWeights, most: int) -> int:

@@ -6,8 +6,8 @@ oneDNN's, else as it is. Of 100 GFLOP/s that a core of an AMD EPYC gives to larg
 rows (oneDNN 81, a plain product 48) and 75 at 8 (53, 31); of one row it reads 26 GB/s (14, 12).
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -15,7 +15,9 @@ from tunesmith.models.kernels.scratch import Scratch
 from tunesmith.native import compiled
 from tunesmith.serving.pages import HugePages
 
-_PANEL = 16  # columns of a panel in native/product.h
+# Of native/panels.h: columns of a panel, and numbers of one with a step and an offset.
+_PANEL, _BLOCK = 16, 32
+_SIGNATURE = "pnpnppnpnnnn"  # of product
 
 
 class _Layout(Protocol):
@@ -51,9 +53,9 @@ class Product:
         self._layout.add_to(out, x, self.bias, scratch)
 
     @property
-    def panels(self) -> torch.Tensor | None:
-        """The weight as native/product.h reads it, (panels, in, 16); None where it is kept otherwise."""
-        return self._layout.panels if isinstance(self._layout, _Panels) else None
+    def panels(self) -> tuple[torch.Tensor, int] | None:
+        """The weight as native/panels.h has it, and in how many bits; None where it is kept otherwise."""
+        return (self._layout.panels, self._layout.bits) if isinstance(self._layout, _Panels) else None
 
     def dense(self) -> torch.Tensor:
         """The weight (out, in), laid out anew where it is kept otherwise."""
@@ -64,17 +66,21 @@ class _Panels:
     def __init__(self, weights: Sequence[torch.Tensor], memory: HugePages) -> None:
         if any(len(weight) % _PANEL for weight in weights[:-1]):
             weights = [_stacked(weights)]
+        weights = [weight.contiguous() for weight in weights]
         self._columns, self._width = sum(map(len, weights)), weights[0].shape[1]
-        self.panels = memory.empty(-(-self._columns // _PANEL), self._width, _PANEL)
-        lay_out = compiled("serving", "lay_out_panels", "pnpnn", self.panels)
-        multiply = compiled("serving", "product", "pnpppnpnnnn", self.panels)
-        assert lay_out is not None
+        self.bits = _bits(weights)
+        panel = self._width * self.bits + (
+            self._width // _BLOCK * 64 if self.bits < 16 else 0
+        )  # in bits, a column
+        self.panels = memory.empty(-(-self._columns // _PANEL), _PANEL * panel // 32)
+        multiply = compiled("serving", "product", _SIGNATURE, self.panels)
         assert multiply is not None
         self._multiply = multiply
+        lay_out = _function("lay_out_panels", "pnnpnn")
         begin = 0
         for weight in weights:
             part = self.panels[begin // _PANEL :]
-            lay_out(weight.contiguous(), self._width, part, len(weight), self._width)
+            lay_out(weight, self._width, self.bits, part, len(weight), self._width)
             begin += len(weight)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
@@ -86,27 +92,51 @@ class _Panels:
         self._into(out, x, bias, scratch, add=True)
 
     def dense(self) -> torch.Tensor:
-        return self.panels.transpose(1, 2).reshape(-1, self._width)[: self._columns]
+        numbers = self.panels.new_empty(len(self.panels), self._width, _PANEL)
+        _function("read_panels", "pnnnp")(self.panels, self.bits, len(self.panels), self._width, numbers)
+        return numbers.transpose(1, 2).reshape(-1, self._width)[: self._columns]
 
     def _into(
         self, out: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, scratch: Scratch, *, add: bool
     ) -> None:
         if x.stride(1) != 1:
             x = x.contiguous()
-        laid, rows = scratch.take("laid out", (x.numel(),), x), len(x)
+        room = (torch.get_num_threads() * _PANEL + len(x)) * self._width
         self._multiply(
             x,
             x.stride(0),
             self.panels,
+            self.bits,
             bias,
             out,
             out.stride(0),
-            laid,
-            rows,
+            scratch.take("room of a product", (room,), x),
+            len(x),
             self._width,
             self._columns,
             add,
         )
+
+
+def _bits(weights: Sequence[torch.Tensor]) -> int:
+    """The fewest that give the weights' numbers again."""
+    width = weights[0].shape[1]
+    if width % _BLOCK:
+        return 32
+    fit = _function("panels_fit", "pnnnnp")
+    fits = torch.zeros(1, dtype=torch.int64)
+
+    def has(bits: int, weight: torch.Tensor) -> bool:
+        fit(weight, width, bits, len(weight), width, fits)
+        return bool(fits)
+
+    return next((bits for bits in (4, 8, 16) if all(has(bits, weight) for weight in weights)), 32)
+
+
+def _function(name: str, kinds: str) -> Callable[..., Any]:
+    function = compiled("serving", f"{name}_float", kinds)
+    assert function is not None
+    return function
 
 
 class _Packed:
@@ -148,7 +178,7 @@ def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 def _panels(weights: Sequence[torch.Tensor], memory: HugePages) -> _Layout | None:
     """The layout of native/product.h, None where it was not compiled."""
     like = weights[0]
-    if like.dtype != torch.float32 or compiled("serving", "product", "pnpppnpnnnn", like) is None:
+    if like.dtype != torch.float32 or compiled("serving", "product", _SIGNATURE, like) is None:
         return None
     return _Panels(weights, memory)
 

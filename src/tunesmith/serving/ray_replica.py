@@ -6,6 +6,7 @@ import warnings
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tunesmith.errors import TunesmithError
@@ -14,6 +15,7 @@ from tunesmith.serving.chat import VoiceBox
 from tunesmith.serving.engine import EngineSettings
 from tunesmith.serving.engines import open_engine
 from tunesmith.serving.faults import Refusal
+from tunesmith.serving.handover import handover
 from tunesmith.serving.remote_engine import Call, Unread
 from tunesmith.serving.seam import (
     AdapterKey,
@@ -106,13 +108,8 @@ class Worker:
             call: what is asked.
             adapter: gives a loaded snapshot.
         """
-        loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[Token | EngineError] = asyncio.Queue()
-
-        def deliver(item: Token | EngineError) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(arrived.put_nowait, item)
-
+        deliver = partial(handover().call, arrived.put_nowait)
         try:
             ticket = await self._submit(call, adapter, deliver)
         except EngineError as error:

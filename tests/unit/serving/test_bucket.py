@@ -300,6 +300,7 @@ NAMES = st.lists(st.sampled_from(["a", "b:c", "..", ".hidden", "-x", "é", "org"
 
 
 @given(st.lists(st.tuples(NAMES, st.sampled_from(FILES)), max_size=12))
+@example([(["b:c"], WEIGHTS), (["b:c"], MANIFEST), (["b:c"], "config.json")])  # half an adapter is no base
 def test_only_names_that_can_be_asked_for_become_models(keys):
     files = {"/".join([*folders, name]): Found(1, "t") for folders, name in keys}
     models = models_in(files)

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from gguf.quants import dequantize, quantize
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from engine_parts import ALL, LINEAR, ask, prompt, save_base, save_lora
@@ -37,7 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_base(folder: Path, shape: str) -> BaseWeights:
+def make_base(folder: Path, shape: str, quantised: gguf.GGMLQuantizationType | None = None) -> BaseWeights:
     """Two layers whose outputs vary; norms and biases are not 1 and 0."""
     torch.manual_seed(0)
     given = {
@@ -51,6 +53,9 @@ def make_base(folder: Path, shape: str) -> BaseWeights:
     )
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+        if quantised is not None and parameter.dim() == 2:
+            numbers = dequantize(quantize(parameter.detach().numpy(), quantised), quantised)
+            parameter.data = torch.from_numpy(numbers)
     model.save_pretrained(folder)
     return load_base(BaseFolder("tiny", folder, None), CAPACITY)
 
@@ -143,6 +148,20 @@ def test_logits_and_the_cache_are_those_of_torch(tmp_path, level, monkeypatch, s
         assert (found - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
         for layer, other in zip(decoder.cache.layers, kept[name], strict=True):
             assert (layer - other).abs().max() <= 1e-5 * other.abs().max(), name
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_weights_of_fewer_bits_give_the_same_to_the_last_bit(tmp_path, level, monkeypatch, bits):
+    kinds = gguf.GGMLQuantizationType
+    base = make_base(tmp_path, "even", {4: kinds.Q4_1, 8: kinds.Q8_0, 16: kinds.BF16}[bits])
+    assert [group.product.panels and group.product.panels[1] for group in base.groups] == [bits] * 9
+    adapters = [*batches(base)["mixed"], *[None] * 16]  # more than one block of rows
+    found = Decoder(base).logits(range(30), adapters)
+    monkeypatch.setattr("tunesmith.serving.product._bits", lambda _: 32)
+    base = load_base(BaseFolder("tiny", tmp_path, None), CAPACITY)
+    assert base.groups[0].product.panels is not None
+    assert base.groups[0].product.panels[1] == 32
+    assert torch.equal(found, Decoder(base).logits(range(30), adapters))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -1,7 +1,10 @@
 """All layouts of a linear layer compute the definition; in the compiled one, rows know nothing of each other."""
 
+import gguf
+import numpy as np
 import pytest
 import torch
+from gguf.quants import dequantize, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,3 +82,100 @@ def test_every_count_of_rows_is_right_at_every_level_and_a_row_is_the_same_in_ea
     found = product(x[:rows], Scratch())
     assert (found - wanted[:rows]).abs().max() < 1e-4
     assert torch.equal(found, product(x, Scratch())[:rows])
+
+
+QUANTISED = {4: gguf.GGMLQuantizationType.Q4_1, 8: gguf.GGMLQuantizationType.Q8_0}
+
+
+def weight_of(bits: int, columns: int, width: int, seed: int = 0) -> torch.Tensor:
+    """A weight as a checkpoint of so many bits gives it: by llama.cpp's own quantisation, or from bfloat16."""
+    weight = np.random.default_rng(seed).normal(size=(columns, width)).astype(np.float32) * 0.1
+    if bits in QUANTISED:
+        return torch.from_numpy(dequantize(quantize(weight, QUANTISED[bits]), QUANTISED[bits]))
+    return torch.from_numpy(weight).bfloat16().float() if bits == 16 else torch.from_numpy(weight)
+
+
+def in_full(monkeypatch: pytest.MonkeyPatch, *given: object) -> Product:
+    """A product whose weight is kept in 32 bits, whatever it is."""
+    with monkeypatch.context() as patch:
+        patch.setattr("tunesmith.serving.product._bits", lambda _: 32)
+        return Product(*given)  # type: ignore[arg-type]
+
+
+@compiled
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+def test_a_weight_is_kept_in_the_fewest_bits_that_give_its_numbers(level, bits):
+    weight = weight_of(bits, 83, 96)
+    product = Product([weight], None)
+    assert product.panels is not None
+    assert product.panels[1] == bits
+    # Codes, and for 4 and 8 bits a step and an offset for each 32 numbers; 83 columns are 6 panels of 16.
+    assert product.panels[0].nbytes == 6 * 16 * (96 * bits // 8 + (96 // 32 * 8 if bits < 16 else 0))
+    assert torch.equal(product.dense(), weight)
+
+
+@compiled
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 16, 28, 29, 70])
+def test_a_product_is_the_same_to_the_last_bit_in_fewer_bits(level, monkeypatch, bits, rows):
+    weight, x = weight_of(bits, 83, 96), torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows))
+    bias = torch.linspace(-1, 1, 83)
+    found, wanted = Product([weight], bias), in_full(monkeypatch, [weight], bias)
+    assert torch.equal(found(x, Scratch()), wanted(x, Scratch()))
+    sums = torch.ones(rows, 83)
+    found.add_to(sums, x, Scratch())
+    others = torch.ones(rows, 83)
+    wanted.add_to(others, x, Scratch())
+    assert torch.equal(sums, others)
+
+
+@compiled
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("other", [0.012345678, float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [(0, 0), (40, 33), (82, 95)])
+def test_one_number_of_another_kind_is_kept_exactly_too(bits, other, place):
+    weight = weight_of(bits, 83, 96)
+    weight[place] = other
+    product = Product([weight], None)
+    assert product.panels is not None
+    # Infinity and NaN have lower halves of zeros, and so may be bfloat16 numbers.
+    assert product.panels[1] == (16 if bits == 16 and other != 0.012345678 else 32)
+    assert torch.equal(product.dense().nan_to_num(7.0), weight.nan_to_num(7.0))
+
+
+@compiled
+def test_weights_that_are_stacked_have_as_many_bits_as_the_one_that_needs_most():
+    weights = [weight_of(bits, 16, 64) for bits in (4, 16, 4)]
+    product = Product(weights, None)
+    assert product.panels is not None
+    assert product.panels[1] == 32  # a number of 4 bits, with its step and offset, is none of bfloat16
+    assert torch.equal(product.dense(), torch.cat(weights))
+
+
+@compiled
+def test_a_width_of_no_whole_blocks_is_kept_in_full():
+    weight = weight_of(16, 20, 48)
+    product = Product([weight], None)
+    assert product.panels is not None
+    assert product.panels[1] == 32
+    assert torch.equal(product.dense(), weight)
+
+
+@compiled
+@given(
+    seed=st.integers(0, 2**32 - 1), bits=st.sampled_from([4, 8, 16]), scale=st.floats(1e-30, 1e30),
+    columns=st.integers(1, 40), blocks=st.integers(1, 3),
+)  # fmt: skip
+def test_no_number_is_changed(seed, bits, scale, columns, blocks):
+    weight = (weight_of(bits, columns, 32 * blocks, seed) * scale).clamp(-3e38, 3e38)
+    assert torch.equal(Product([weight], None).dense(), weight)
+
+
+@compiled
+def test_blocks_of_equal_numbers_and_of_zeros():
+    weight = weight_of(4, 16, 64)
+    weight[3, :32], weight[5, 32:], weight[7] = 0.25, 0.0, -0.5
+    product = Product([weight], None)
+    assert product.panels is not None
+    assert product.panels[1] == 4
+    assert torch.equal(product.dense(), weight)
