@@ -71,6 +71,7 @@ static int codes_of(const float *w, long bits, unsigned *codes, float *step, flo
     int fits = 1;
     if (bits == 16) {
         unsigned lost = 0;
+#pragma omp simd reduction(| : lost)
         for (long k = 0; k < BLOCK; k++) {
             unsigned n;
             memcpy(&n, w + k, sizeof n);
@@ -80,7 +81,8 @@ static int codes_of(const float *w, long bits, unsigned *codes, float *step, flo
         return !lost;
     }
     float low = w[0], high = w[0];
-    for (long k = 1; k < BLOCK; k++) {
+#pragma omp simd reduction(min : low) reduction(max : high)
+    for (long k = 0; k < BLOCK; k++) {
         low = w[k] < low ? w[k] : low;
         high = w[k] > high ? w[k] : high;
     }
@@ -91,12 +93,14 @@ static int codes_of(const float *w, long bits, unsigned *codes, float *step, flo
         *step = short_number((high - low) / 15);
         *offset = low;
     }
-    float inverse = *step > 0 ? 1 / *step : 0, most = bits == 8 ? 255 : 15;
+    float each = *step, first = *offset, inverse = each > 0 ? 1 / each : 0, most = bits == 8 ? 255 : 15;
+#pragma omp simd reduction(& : fits)
     for (long k = 0; k < BLOCK; k++) {
-        float code = (w[k] - *offset) * inverse + 0.5f;
+        float code = (w[k] - first) * inverse + 0.5f;
         code = code > 0 ? code : 0; /* and where it is no number */
-        codes[k] = (unsigned)(code < most ? code : most);
-        fits &= (float)(int)codes[k] * *step + *offset == w[k];
+        int whole = (int)(code < most ? code : most);
+        codes[k] = (unsigned)whole;
+        fits &= (float)whole * each + first == w[k];
     }
     return fits;
 }
