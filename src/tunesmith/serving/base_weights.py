@@ -69,30 +69,40 @@ class BaseWeights:
         return [group for layer in parts for group in layer] + [self.head]
 
 
-def load_base(base: BaseFolder, positions: int | None) -> BaseWeights:
+def hashed_beside(base: BaseFolder) -> "Future[str]":
+    """The fingerprint of its files, which takes as long as loading them and a thread of its own meanwhile."""
+    worker = ThreadPoolExecutor(1)
+    found = worker.submit(lambda: fingerprint_weights(base.weight_files)[1])
+    worker.shutdown(wait=False)
+    return found
+
+
+def load_base(
+    base: BaseFolder, positions: int | None, fingerprint: "Future[str] | None" = None
+) -> BaseWeights:
     """Read a base for serving.
 
     Args:
         base: its folder.
         positions: longest request, in tokens; None or more than the model has: what it has.
+        fingerprint: from ``hashed_beside``, where that was begun before.
 
     Raises:
         NotServed: it is none of the kind this engine computes.
         ModelError: it cannot be loaded.
     """
+    fingerprint = fingerprint or hashed_beside(base)
     try:
-        with ThreadPoolExecutor(1) as beside:  # hashing half a gigabyte takes as long as loading it
-            hashed = beside.submit(fingerprint_weights, base.weight_files)
-            model = load_model(base, dtype=torch.float32, device=torch.device("cpu"), context_length=None)
-            limit = int(model.config.max_position_embeddings)
-            return _read(model.eval().requires_grad_(False), min(positions or limit, limit), hashed)
+        model = load_model(base, dtype=torch.float32, device=torch.device("cpu"), context_length=None)
+        limit = int(model.config.max_position_embeddings)
+        return _read(model.eval().requires_grad_(False), min(positions or limit, limit), fingerprint)
     except UnreadableError as error:
         raise NotServed(
             base.model_id, f"the CPU engine does not serve it: {error}", "use another engine"
         ) from error
 
 
-def _read(model: Any, positions: int, hashed: "Future[tuple[dict[str, str], str]]") -> BaseWeights:
+def _read(model: Any, positions: int, fingerprint: "Future[str]") -> BaseWeights:
     decoder = read_decoder(model)
     kind = getattr(decoder.rotary, "rope_type", "default")
     if kind not in _STEADY_ROPE:
@@ -121,7 +131,7 @@ def _read(model: Any, positions: int, hashed: "Future[tuple[dict[str, str], str]
         cos[0][:, None].contiguous(),
         sin[0][:, None].contiguous(),
         int(model.config.max_position_embeddings),
-        hashed.result()[1],
+        fingerprint.result(),
     )
 
 

@@ -7,6 +7,7 @@ another request computes.
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,15 +52,20 @@ class _Seat:
 class CpuEngine(DeskEngine[Adapter]):
     """``Engine`` of seam.py for Llama, Mistral and Qwen2 in float32, with LoRA adapters on any of their layers."""
 
-    def __init__(self, base: BaseFolder, settings: EngineSettings | None = None) -> None:
-        """Load the base and start the thread.
+    def __init__(
+        self,
+        base: BaseFolder,
+        settings: EngineSettings | None = None,
+        fingerprint: "Future[str] | None" = None,
+    ) -> None:
+        """Load the base and start the thread; ``fingerprint`` as of ``load_base``.
 
         Raises:
             ModelError: the base cannot be loaded, or is of another kind.
         """
         self._settings = settings = settings or EngineSettings()
         self._folder = base
-        self._base = load_base(base, settings.context_length)
+        self._base = load_base(base, settings.context_length, fingerprint)
         shapes = [layer.shape for layer in self._base.layers]
         self._cache = KvCache(shapes, settings.running, len(self._base.cos))
         self._prefixes = PrefixCache(self._cache, settings.prefix_tokens)

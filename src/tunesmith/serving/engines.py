@@ -9,6 +9,7 @@ from typing import Any
 from tunesmith.errors import ModelError
 from tunesmith.models.base import BaseFolder
 from tunesmith.serving.adapter_files import NotServed
+from tunesmith.serving.base_weights import hashed_beside
 from tunesmith.serving.engine import CpuEngine, EngineSettings
 from tunesmith.serving.plain_engine import PlainEngine
 from tunesmith.serving.plain_model import share_plain
@@ -35,14 +36,15 @@ def open_engine(base: BaseFolder, settings: EngineSettings | None = None) -> Eng
         ModelError: the base cannot be loaded by either.
     """
     settings = settings or EngineSettings()
+    fingerprint = hashed_beside(base)  # before the first import of transformers, which takes longer
     config = _config(base)
     if config.model_type in _FAST_KINDS:
         try:
-            fast = CpuEngine(base, settings)
+            fast = CpuEngine(base, settings, fingerprint)
         except NotServed:
-            return PlainEngine(base, settings)
+            return PlainEngine(base, settings, fingerprint=fingerprint)
         return PairedEngine(fast, lambda: _beside(fast, base, config, settings))
-    return PlainEngine(base, settings)
+    return PlainEngine(base, settings, fingerprint=fingerprint)
 
 
 def _config(base: BaseFolder) -> Any:

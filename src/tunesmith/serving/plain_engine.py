@@ -7,6 +7,7 @@ others only through the rounding of products that have more rows, and not even s
 """
 
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,7 @@ class PlainEngine(DeskEngine[Changes]):
         model: PlainModel | None = None,
         places: Places | None = None,
         is_exact: bool = False,
+        fingerprint: "Future[str] | None" = None,
     ) -> None:
         """Load the base, unless ``model`` is it, and start the thread.
 
@@ -54,13 +56,14 @@ class PlainEngine(DeskEngine[Changes]):
             places: of requests at work, where another engine on the same weights shares them.
             is_exact: every request in passes of its own, so that its answer is the same to the last bit whatever
                 else runs; several times slower when many run.
+            fingerprint: as of ``load_base``.
 
         Raises:
             ModelError: the base cannot be loaded.
         """
         settings = settings or EngineSettings()
         self._base = base
-        self._model = model or load_plain(base)
+        self._model = model or load_plain(base, fingerprint)
         length = min(settings.context_length, self._model.limit or settings.context_length)
         limits = EngineLimits(length, self._model.vocabulary, settings.running, settings.waiting)
         self._is_together = self._model.way == "together" and not is_exact

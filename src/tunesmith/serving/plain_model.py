@@ -3,14 +3,13 @@
 import copy
 import inspect
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import torch
 
-from tunesmith.checkpoints.manifest import fingerprint_weights
 from tunesmith.models.base import BaseFolder, load_model
-from tunesmith.serving.base_weights import BaseWeights
+from tunesmith.serving.base_weights import BaseWeights, hashed_beside
 from tunesmith.serving.changes import Changes, applied
 from tunesmith.serving.padded_rows import Rows, joined
 from tunesmith.serving.shared_base import SharedLinear, shared_model
@@ -116,18 +115,16 @@ class PlainModel:
         return torch.cat([self.read([text], row, None)[0] for text, row in zip(texts, rows, strict=True)])
 
 
-def load_plain(base: BaseFolder) -> PlainModel:
-    """Load a base of its own for the plain engine, in float32.
+def load_plain(base: BaseFolder, fingerprint: "Future[str] | None" = None) -> PlainModel:
+    """Load a base of its own for the plain engine, in float32; ``fingerprint`` as of ``load_base``.
 
     Raises:
         ModelError: it cannot be loaded as a causal language model.
     """
-    with ThreadPoolExecutor(1) as beside:
-        hashed = beside.submit(fingerprint_weights, base.weight_files)
-        model = load_model(base, dtype=torch.float32, device=torch.device("cpu"), context_length=None)
-        _, fingerprint = hashed.result()
+    fingerprint = fingerprint or hashed_beside(base)
+    model = load_model(base, dtype=torch.float32, device=torch.device("cpu"), context_length=None)
     model.eval().requires_grad_(False)
-    return PlainModel(model, _skeleton(copy.deepcopy(model.config)), fingerprint)
+    return PlainModel(model, _skeleton(copy.deepcopy(model.config)), fingerprint.result())
 
 
 def share_plain(base: BaseWeights, config: Any) -> PlainModel:

@@ -133,7 +133,12 @@ def build_service(
 
     def opened(base: Base) -> Version:
         verified_manifest(base.folder.path)
-        return Version(base.name, None, None, box.of_base(base.folder), open_engine(base.folder))
+        engine = open_engine(base.folder)
+        try:
+            return Version(base.name, None, None, box.of_base(base.folder), engine)
+        except BaseException:
+            engine.close()
+            raise
 
     def read(adapter: Adapter, on: Version) -> Version:
         voice = box.of_adapter(adapter.folder, adapter.name, on.voice)
