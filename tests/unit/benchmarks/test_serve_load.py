@@ -193,7 +193,8 @@ def event(text, finish=None, **more):
 @pytest.fixture(scope="module")
 def read(load):
     def read(lines, expected=8):
-        found = {"error": None, "lines": list(enumerate(lines, 1))}
+        chunks = [(at, f"{line}\n\n".encode()) for at, line in enumerate(lines, 1)]
+        found = {"error": None, "chunks": chunks}
         load("serving_client").read_events(found, expected)
         return found
 
@@ -204,6 +205,14 @@ def test_a_stream_with_a_count(read):
     usage = 'data: {"choices": [], "usage": {"completion_tokens": 5}}'
     found = read([event("a"), event(""), event("b", "length"), usage, "data: [DONE]"])
     assert (found["text"], found["times"], found["tokens"], found["error"]) == ("ab", [1, 3], 5, None)
+
+
+def test_an_event_comes_when_its_end_comes(load):
+    whole = f"{event('a')}\r\n\r\n{event('b', 'length')}\n\ndata: [DONE]\n\n".encode()
+    found = {"error": None, "chunks": [(at, whole[at : at + 1]) for at in range(len(whole))]}
+    load("serving_client").read_events(found, 8)
+    ends = [place for place in range(len(whole)) if whole[place : place + 1] == b"\n"]
+    assert (found["text"], found["times"], found["error"]) == ("ab", [ends[0], ends[2]], None)
 
 
 def test_a_stream_without_a_count_has_all_tokens_at_its_length_and_pieces_otherwise(read):
