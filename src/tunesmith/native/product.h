@@ -4,12 +4,13 @@
    width is one load of 16 weights and one multiplication by a broadcast number for each row. With 16 rows on AVX-512
    that takes 16 cycles for 64 bytes, about what memory gives; weights are asked for ahead of their use, so reading and
    computing overlap. Weights of fewer bits become numbers on the way, in a few cycles for the 16 of a step; where there
-   are several blocks of rows, once for all of them.
+   are many blocks of rows, once for all of them.
 
    A number of the result is one sum along the width, in order, whatever the number of rows and threads and the bits of
    the weights: what a row gets does not depend on the rows it is computed with. */
 
 #define AHEAD 4096 /* bytes that are on their way, to the second cache */
+#define UNPACKED 6 /* more blocks of rows read numbers sooner, which have to be written first, than codes of a few bits */
 
 /* Found numbers to where they belong. Whole panels in vectors: a tenth of a product's time with loops of any length. */
 static __attribute__((noinline)) void put_tile(float (*found)[PANEL], const float *bias, float *out, long ldo, long rows,
@@ -132,7 +133,7 @@ static __attribute__((noinline)) void product_panel(
     const char *panel = panels + p * panel_bytes(width, bits);
     const float *c = bias ? bias + p * PANEL : NULL;
     long wanted = columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL, blocks = row_blocks(rows);
-    if (blocks > 1 && bits < 32) {
+    if (blocks > UNPACKED && bits < 16) {
         unpack_panel(panel, bits, width, room);
         panel = (const char *)room;
         bits = 32;

@@ -116,7 +116,7 @@ def test_a_weight_is_kept_in_the_fewest_bits_that_give_its_numbers(level, bits):
 
 @compiled
 @pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("rows", [1, 5, 6, 7, 16, 28, 29, 70])
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 16, 28, 29, 70, 200])
 def test_a_product_is_the_same_to_the_last_bit_in_fewer_bits(level, monkeypatch, bits, rows):
     weight, x = weight_of(bits, 83, 96), torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows))
     bias = torch.linspace(-1, 1, 83)
