@@ -1,8 +1,8 @@
 """How much memory a model takes once it is loaded, told from its files before anything of them is read in.
 
-Counted are weights in float32, of which less stays where fewer bits give the same numbers (``product.py``), and the keys
-and values of as many tokens as may run at once. While a base is being read, its file's pages in the system's cache and
-one layer's copies come on top.
+Counted are weights in float32, of which less stays where fewer bits give the same numbers (``product.py``), and the
+keys and values of as many tokens as may run at once. While a base is being read, its file's pages in the system's
+cache and one layer's copies come on top.
 """
 
 import json

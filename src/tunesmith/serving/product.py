@@ -2,8 +2,8 @@
 
 A plain matrix product of 16 rows first copies W into the blocks its kernel wants, at every call. Here W is kept in the
 order in which it is read, in one of three layouts: that of ``native/panels.h`` where it could be compiled, in as few
-bits as give its numbers, else oneDNN's, else as it is. Of the 116 GFLOP/s of a core of an AMD EPYC the first reaches 114
-at 16 rows in 32 bits, 106 in 4; oneDNN 81, a plain product 48.
+bits as give its numbers, else oneDNN's, else as it is. Of the 116 GFLOP/s of a core of an AMD EPYC the first reaches
+114 at 16 rows in 32 bits, 106 in 4; oneDNN 81, a plain product 48.
 """
 
 from collections.abc import Callable, Sequence
