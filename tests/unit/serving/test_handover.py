@@ -5,8 +5,7 @@ import gc
 import threading
 from weakref import ref
 
-from tunesmith.serving import handover as handovers
-from tunesmith.serving.handover import handover
+from tunesmith.serving.handover import Handover, handover
 
 
 def test_calls_of_threads_come_in_order_and_none_is_lost():
@@ -55,18 +54,19 @@ def test_many_calls_wake_the_loop_once():
 
 
 def test_a_loop_has_one_and_is_let_go_with_it():
-    async def twice() -> tuple[bool, "ref[asyncio.AbstractEventLoop]"]:
-        return handover() is handover(), ref(asyncio.get_running_loop())
+    async def twice() -> "tuple[bool, ref[asyncio.AbstractEventLoop], ref[Handover]]":
+        found = handover()
+        return found is handover(), ref(asyncio.get_running_loop()), ref(found)
 
-    is_one, loop = asyncio.run(twice())
+    is_one, loop, found = asyncio.run(twice())
     assert is_one
     gc.collect()
     assert loop() is None
-    assert not list(handovers._HANDOVERS)
+    assert found() is None
 
 
 def test_what_comes_after_the_end_of_the_loop_is_dropped():
-    async def one() -> handovers.Handover:
+    async def one() -> Handover:
         return handover()
 
     found: list[int] = []
