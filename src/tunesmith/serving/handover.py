@@ -14,7 +14,7 @@ class Handover:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = ref(loop)  # weak: the table below would keep every loop otherwise
+        self._loop = loop
         self._calls: deque[tuple[Callable[[Any], object], Any]] = deque()
         self._is_awake = False
 
@@ -24,8 +24,7 @@ class Handover:
         if not self._is_awake:
             self._is_awake = True
             try:
-                if loop := self._loop():
-                    loop.call_soon_threadsafe(self._run)
+                self._loop.call_soon_threadsafe(self._run)
             except RuntimeError:  # closed: nobody waits any more
                 self._calls.clear()
 
@@ -37,13 +36,16 @@ class Handover:
             function(argument)
 
 
-_HANDOVERS: "WeakKeyDictionary[asyncio.AbstractEventLoop, Handover]" = WeakKeyDictionary()
+# Weak on both sides: what is left of a loop that was stopped goes with those who wait in it.
+_HANDOVERS: "WeakKeyDictionary[asyncio.AbstractEventLoop, ref[Handover]]" = WeakKeyDictionary()
 
 
 def handover() -> Handover:
-    """To the running loop."""
+    """To the running loop; one for all who hold it at a time."""
     loop = asyncio.get_running_loop()
-    found = _HANDOVERS.get(loop)
+    known = _HANDOVERS.get(loop)
+    found = known() if known else None
     if found is None:
-        _HANDOVERS[loop] = found = Handover(loop)
+        found = Handover(loop)
+        _HANDOVERS[loop] = ref(found)
     return found

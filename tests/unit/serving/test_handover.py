@@ -5,6 +5,8 @@ import gc
 import threading
 from weakref import ref
 
+import pytest
+
 from tunesmith.serving.handover import Handover, handover
 
 
@@ -63,6 +65,22 @@ def test_a_loop_has_one_and_is_let_go_with_it():
     gc.collect()
     assert loop() is None
     assert found() is None
+
+
+def test_what_a_stopped_loop_leaves_does_not_keep_it():
+    async def leave() -> "tuple[Handover, asyncio.Queue[int], ref[asyncio.AbstractEventLoop]]":
+        arrived = asyncio.Queue[int]()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await arrived.get()  # from here on the queue knows its loop
+        return handover(), arrived, ref(asyncio.get_running_loop())
+
+    handed, arrived, loop = asyncio.run(leave())
+    handed._is_awake = True  # as where a loop was stopped before it came to what had woken it
+    handed.call(arrived.put_nowait, 1)
+    del handed, arrived
+    gc.collect()
+    assert loop() is None
 
 
 def test_what_comes_after_the_end_of_the_loop_is_dropped():
