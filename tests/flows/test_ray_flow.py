@@ -276,7 +276,9 @@ def test_no_request_is_lost_when_a_replica_is_killed_under_load(on_ray, right, c
         wait_for(lambda: "replica lost" in caplog.text, START_SECONDS)  # answers were under way in it
         by_then = sum(done)
         wait_for(lambda: sum(done) > by_then + 8, START_SECONDS)
+    assert sum(done) > by_then + 8  # whole and right, all of them
     wait_for(lambda: on_ray.processes() - before, START_SECONDS)
+    assert len(on_ray.processes() & before) < len(before)  # the one that was killed is gone, another has come
 
 
 def test_load_raises_the_number_of_replicas_and_its_end_lowers_it_without_a_loss(on_ray, right, base, root):
