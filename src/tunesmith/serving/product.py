@@ -3,7 +3,7 @@
 A plain matrix product of 16 rows first copies W into the blocks its kernel wants, at every call. Here W is kept in the
 order in which it is read, in one of three layouts: that of ``native/panels.h`` where it could be compiled, in as few
 bits as give its numbers, else oneDNN's, else as it is. Of the 116 GFLOP/s of a core of an AMD EPYC the first reaches
-114 at 16 rows in 32 bits, 106 in 4; oneDNN 81, a plain product 48.
+114 at 16 rows in 32 bits, 104 in 4; oneDNN 81, a plain product 48.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,10 +69,7 @@ class _Panels:
         weights = [weight.contiguous() for weight in weights]
         self._columns, self._width = sum(map(len, weights)), weights[0].shape[1]
         self.bits = _bits(weights)
-        panel = self._width * self.bits + (
-            self._width // _BLOCK * 64 if self.bits < 16 else 0
-        )  # in bits, a column
-        self.panels = memory.empty(-(-self._columns // _PANEL), _PANEL * panel // 32)
+        self.panels = memory.empty(-(-self._columns // _PANEL), _panel_numbers(self._width, self.bits))
         multiply = compiled("serving", "product", _SIGNATURE, self.panels)
         assert multiply is not None
         self._multiply = multiply
@@ -133,6 +130,12 @@ def _bits(weights: Sequence[torch.Tensor]) -> int:
     return next((bits for bits in (4, 8, 16) if all(has(bits, weight) for weight in weights)), 32)
 
 
+def _panel_numbers(width: int, bits: int) -> int:
+    """The room that a panel takes: ``panel_bytes`` of native/panels.h, in numbers of 32 bits."""
+    steps = width // _BLOCK * 2 if bits < 16 else 0
+    return _PANEL * (width * bits // 32 + steps)
+
+
 def _function(name: str, kinds: str) -> Callable[..., Any]:
     function = compiled("serving", f"{name}_float", kinds)
     assert function is not None
@@ -176,7 +179,7 @@ def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _panels(weights: Sequence[torch.Tensor], memory: HugePages) -> _Layout | None:
-    """The layout of native/product.h, None where it was not compiled."""
+    """The layout of native/panels.h, None where it was not compiled."""
     like = weights[0]
     if like.dtype != torch.float32 or compiled("serving", "product", _SIGNATURE, like) is None:
         return None
