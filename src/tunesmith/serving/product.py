@@ -3,7 +3,7 @@
 A plain matrix product of 16 rows first copies W into the blocks its kernel wants, at every call. Here W is kept in the
 order in which it is read, in one of three layouts: that of ``native/panels.h`` where it could be compiled, in as few
 bits as give its numbers, else oneDNN's, else as it is. Of the 116 GFLOP/s of a core of an AMD EPYC the first reaches
-114 at 16 rows in 32 bits, 104 in 4; oneDNN 81, a plain product 48.
+84 to 100 at 16 rows, the call included (``benchmarks/serving_products.py``); oneDNN 81, a plain product 48.
 """
 
 from collections.abc import Callable, Sequence
