@@ -1,8 +1,8 @@
 """Memory straight from the operating system, in pages of the size that fits its use.
 
-Finding where a page lies takes a processor time of its own, in a virtual machine twice. A bare loop reads weights 1.2 to
-1.8 times as fast from pages of 2 MB as from those of 4 KB (two cores of an AMD EPYC, by turns); products of a row are
-1.1 to 1.3 times as fast (``benchmarks/serving_products.py``). What is mostly empty must have small ones.
+Finding where a page lies takes a processor time of its own, in a virtual machine twice. A bare loop reads weights 1.2
+to 1.8 times as fast from pages of 2 MB as from those of 4 KB (two cores of an AMD EPYC, by turns); products of a row
+are 1.1 to 1.3 times as fast (``benchmarks/serving_products.py``). What is mostly empty must have small ones.
 """
 
 import math
